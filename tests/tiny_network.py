@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from edgedetr.quantization.qdq import TENSORRT
+from edgedetr.quantization.target import TENSORRT
 
 CHANNELS = 16
 SIGNED = replace(TENSORRT, fp16=False)  # the same pairs and integers, with float32 scales

@@ -15,8 +15,9 @@ from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.patterns import Measured, Pattern, matching, patterns, place
 from edgedetr.quantization.policy import QuantizationPlan, residual_sums
-from edgedetr.quantization.qdq import Target, insert_qdq
+from edgedetr.quantization.qdq import insert_qdq
 from edgedetr.quantization.qdq_moves import moved_before, moved_behind, shared_scale
+from edgedetr.quantization.target import Target
 from edgedetr.runtime.cure_record import Cure
 
 EDITS: Mapping[str, Callable[[ModelProto, str], ModelProto]] = {

@@ -22,7 +22,7 @@ from edgedetr.quantization.groups import groups_of, macs
 from edgedetr.quantization.matched_distance import distances
 from edgedetr.quantization.placement import Placement, RangesByObserver, quantized_model
 from edgedetr.quantization.policy import Policy, weighted_nodes
-from edgedetr.quantization.qdq import Target
+from edgedetr.quantization.target import Target
 from edgedetr.runtime.backends.base import RawOutputs
 
 MEMORY = 512 * 2**20  # bytes of the activations that are kept

@@ -27,7 +27,7 @@ FLOOR_ROLES = {"box_distribution": "distributions of a box's sides: the box itse
 # Operators that move, scale or mask values between the two products of an attention.
 _BETWEEN = {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Identity", "Softmax"}
 _MOVING = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"}
-_BRANCH = re.compile(r"(.+)/branch\.\d+")  # as qdq.split_concats names the convolutions it makes
+_BRANCH = re.compile(r"(.+)/branch\.\d+")  # as split_concats names the convolutions it makes
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def part_of(group: Group) -> str:
 def groups_of(graph: GraphIndex, policy: Policy) -> tuple[Group, ...]:
     """All groups in the order of the graph: those that the policy makes INT8, and those that it keeps float.
 
-    graph   of a float model whose convolutions behind a Concat are split (qdq.split_concats)
+    graph   of a float model whose convolutions behind a Concat are split (concat_split.py)
     """
     return graph.cached(f"groups {policy.sha256()}", lambda: _find_groups(graph, policy))
 

@@ -23,8 +23,8 @@ from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.progress import Progress
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.patterns import Measured, Pattern, matching, picture
-from edgedetr.quantization.qdq import split_concats
 from edgedetr.quantization.quantized_pairs import QuantizedPair, pairs_of
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.cure_record import about_cures, cures_in

@@ -33,7 +33,8 @@ from edgedetr.quantization.policy import (
     residual_sums,
     why_float,
 )
-from edgedetr.quantization.qdq import Target, insert_qdq
+from edgedetr.quantization.qdq import insert_qdq
+from edgedetr.quantization.target import Target
 from edgedetr.storage.reading import MEBIBYTE, read_json
 
 SCHEMA = 1
@@ -123,7 +124,7 @@ def placement_of(bundle: Bundle, aside: str = "") -> tuple[Placement | None, str
 def plan_for(graph: GraphIndex, policy: Policy, placement: Placement | None) -> QuantizationPlan:
     """What becomes INT8: the groups of the placement, or what the policy chooses where there is none.
 
-    graph   of a float model whose convolutions behind a Concat are split (qdq.split_concats)
+    graph   of a float model whose convolutions behind a Concat are split (concat_split.py)
 
     Errors: ExportError for a group that the graph does not have.
     """
@@ -217,7 +218,7 @@ def quantized_model(
 ) -> ModelProto:
     """The float model with a placement's groups in INT8, in float32 elsewhere: what a search evaluates.
 
-    graph    of a float model whose convolutions behind a Concat are split (qdq.split_concats)
+    graph    of a float model whose convolutions behind a Concat are split (concat_split.py)
     shifts   {layer: [O] to add to its bias}; None = biases are not corrected
 
     Without a group it computes exactly what the float model does. Export's last steps, `qdq.runnable` and FP16, are

@@ -24,20 +24,14 @@ from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.progress import Progress
 from edgedetr.quantization.bias_correction import IMAGES, PARTS, bias_shifts
 from edgedetr.quantization.calibration import Ranges, choose_images, evenly_spaced, ranges_of
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.cures import cured, cured_plan, faults
 from edgedetr.quantization.placement import Placement, observers_of, plan_for
 from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy, without_cures
-from edgedetr.quantization.qdq import (
-    CPU,
-    TENSORRT,
-    Target,
-    insert_qdq,
-    runnable,
-    split_concats,
-    tensors_to_observe,
-    weight_bits,
-)
+from edgedetr.quantization.qdq import insert_qdq, runnable
+from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.target import CPU, TENSORRT, Target, weight_bits
 from edgedetr.runtime.backends.base import MADE_BY
 from edgedetr.runtime.cure_record import recorded
 from edgedetr.runtime.preprocess import prepare

@@ -34,8 +34,11 @@ from edgedetr.exporting.to_onnx import write_onnx
 from edgedetr.models import FAMILY, build
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.policy import load_policy, make_plan
-from edgedetr.quantization.qdq import CPU, TENSORRT, insert_qdq, runnable, split_concats, tensors_to_observe
+from edgedetr.quantization.qdq import insert_qdq, runnable
+from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.target import CPU, TENSORRT
 
 CLASSES = 80
 MADE_UP_RANGE = 4.0  # of every activation: times do not depend on it

@@ -35,9 +35,12 @@ from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.bias_correction import IMAGES, bias_shifts
 from edgedetr.quantization.calibration import choose_images, observe, share_pool_ranges
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.policy import load_policy, make_plan
-from edgedetr.quantization.qdq import CPU, TENSORRT, Target, insert_qdq, split_concats, tensors_to_observe, weight_bits
+from edgedetr.quantization.qdq import insert_qdq
 from edgedetr.quantization.quantize import ABSMAX_IMAGES, read_onnx
+from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.target import CPU, TENSORRT, Target, weight_bits
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.backends.openvino import OpenVinoRunner
 from edgedetr.runtime.cpu import int8_saturates

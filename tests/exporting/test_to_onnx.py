@@ -15,8 +15,8 @@ from edgedetr.models.deploy import DeployGraph, load_bundle_model
 from edgedetr.onnx_graph.bundle_graph import check_graph
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.policy import load_policy, make_plan
-from edgedetr.quantization.qdq import split_concats
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 
 

@@ -17,7 +17,8 @@ from edgedetr.onnx_graph.fp16 import MAX_ABSMAX, activation_absmax, convert_to_f
 from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.policy import Policy, PolicyRule, load_policy, make_plan
-from edgedetr.quantization.qdq import TENSORRT, insert_qdq
+from edgedetr.quantization.qdq import insert_qdq
+from edgedetr.quantization.target import TENSORRT
 
 FP32, FP16 = TensorProto.FLOAT, TensorProto.FLOAT16
 SIZE = (1, 16, 8, 8)

@@ -14,7 +14,9 @@ from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.bias_correction import bias_shifts
 from edgedetr.quantization.calibration import share_pool_ranges
 from edgedetr.quantization.policy import Policy, QuantizationPlan, make_plan
-from edgedetr.quantization.qdq import CPU, TENSORRT, Target, insert_qdq, tensors_to_observe
+from edgedetr.quantization.qdq import insert_qdq
+from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.target import CPU, TENSORRT, Target
 
 TARGETS = pytest.mark.parametrize(
     "target", [TENSORRT, SIGNED, CPU, replace(CPU, weight_bits=7)], ids=["tensorrt", "signed", "cpu", "cpu-7-bit"]

@@ -17,13 +17,15 @@ from edgedetr.onnx_graph.graph_edit import prune
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.quantization import cures, patterns
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.cures import cured, cured_plan, faults
 from edgedetr.quantization.groups import groups_of
 from edgedetr.quantization.placement import Placement, plan_for
 from edgedetr.quantization.policy import load_policy
-from edgedetr.quantization.qdq import CPU, TENSORRT, split_concats, tensors_to_observe
 from edgedetr.quantization.quantize import int8_graph
+from edgedetr.quantization.quantized_tensors import tensors_to_observe
 from edgedetr.quantization.search.workbench import TARGETS
+from edgedetr.quantization.target import CPU, TENSORRT
 from edgedetr.runtime.backends import base, onnxruntime
 from edgedetr.runtime.sqnr import sqnr_db
 

@@ -12,12 +12,14 @@ from tiny_network import SIGNED
 
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.session import GraphSession
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.distance_meter import OUTPUTS, DistanceMeter
 from edgedetr.quantization.groups import groups_of
 from edgedetr.quantization.matched_distance import distances
 from edgedetr.quantization.placement import Placement, RangesByObserver, plan_for, quantized_model
 from edgedetr.quantization.policy import load_policy
-from edgedetr.quantization.qdq import CPU, split_concats, tensors_to_observe
+from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.target import CPU
 from edgedetr.runtime.backends.base import RawOutputs
 
 IMAGES = 2

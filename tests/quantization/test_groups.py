@@ -16,7 +16,9 @@ from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.quantization.groups import floor_of, groups_of
 from edgedetr.quantization.placement import Placement, RangesByObserver, plan_for, quantized_model
 from edgedetr.quantization.policy import Policy, set_role
-from edgedetr.quantization.qdq import CPU, TENSORRT, runnable, tensors_to_observe
+from edgedetr.quantization.qdq import runnable
+from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.target import CPU, TENSORRT
 
 
 def model_of(nodes, shape, **constants):

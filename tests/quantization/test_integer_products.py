@@ -15,7 +15,8 @@ from tiny_network import run
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.integer_products import integer_products
 from edgedetr.quantization.policy import Policy, make_plan
-from edgedetr.quantization.qdq import CPU, insert_qdq
+from edgedetr.quantization.qdq import insert_qdq
+from edgedetr.quantization.target import CPU
 
 BATCH, TOKENS, INPUTS, HIDDEN, OUTPUTS = 3, 10, 24, 32, 20
 

@@ -19,12 +19,15 @@ from edgedetr.errors import ExportError, UsageError
 from edgedetr.exporting.settings import with_cures
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.session import GraphSession
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.cures import EDITS
 from edgedetr.quantization.localize import Finding, damaged_tensors, departure_of
 from edgedetr.quantization.patterns import Measured, matching, patterns, picture
 from edgedetr.quantization.policy import load_policy, make_plan
-from edgedetr.quantization.qdq import TENSORRT, insert_qdq, split_concats, tensors_to_observe
+from edgedetr.quantization.qdq import insert_qdq
 from edgedetr.quantization.qdq_moves import moved_before
+from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.target import TENSORRT
 from edgedetr.runtime.backends import onnxruntime, openvino
 
 IMAGES = [image[None] for image in sample_images(2).numpy()]

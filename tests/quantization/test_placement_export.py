@@ -16,12 +16,12 @@ from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization import cures, patterns
 from edgedetr.quantization.calibration import Ranges
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.groups import groups_of
 from edgedetr.quantization.patterns import Pattern
 from edgedetr.quantization.placement import Placement
 from edgedetr.quantization.policy import PolicyRule, load_policy
-from edgedetr.quantization.qdq import split_concats
 from edgedetr.quantization.quantize import quantize
 from edgedetr.runtime.backends.base import MADE_BY
 

@@ -12,8 +12,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.policy import get_role, load_policy, make_plan, node_roles, role_from_name, set_role
-from edgedetr.quantization.qdq import split_concats
 from edgedetr.runtime.backends.base import MADE_BY
 
 BUNDLE = Path(__file__).parents[1] / "fixtures" / "bundle-0.1"

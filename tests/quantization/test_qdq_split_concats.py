@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgedetr.quantization.qdq import split_concats
+from edgedetr.quantization.concat_split import split_concats
 
 
 def network(rng, kernel=1, mode="nearest", branches=2, strides=1):

@@ -23,17 +23,11 @@ from edgedetr.evaluation.realized_precision import (
 )
 from edgedetr.models import FAMILY
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.policy import load_policy, make_plan
-from edgedetr.quantization.qdq import (
-    CPU,
-    TENSORRT,
-    Target,
-    bias_input,
-    insert_qdq,
-    runnable,
-    split_concats,
-    tensors_to_observe,
-)
+from edgedetr.quantization.qdq import bias_input, insert_qdq, runnable
+from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.target import CPU, TENSORRT, Target
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.kernels import Kernel
 from edgedetr.runtime.onnx_bytes import nodes

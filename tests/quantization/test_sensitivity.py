@@ -21,11 +21,13 @@ from edgedetr.cli import cli
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.calibration import choose_images
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.groups import groups_of
 from edgedetr.quantization.policy import load_policy
-from edgedetr.quantization.qdq import split_concats
-from edgedetr.quantization.sensitivity import State, sensitivity, split_half_correlation
+from edgedetr.quantization.rank_correlation import split_half_correlation
+from edgedetr.quantization.sensitivity import sensitivity
+from edgedetr.quantization.sensitivity_state import SensitivityState
 from edgedetr.storage.digests import digest
 
 CONFIG = QuantConfig(images=8)  # of 10 in the train split, so that 2 are left
@@ -105,7 +107,7 @@ def test_parts_hold_all_groups(bundle, measured):
 
 
 def reopened(bundle, config=CONFIG):
-    return State.open(bundle, load_policy("default"), config, choose_images(bundle, None, config.images))
+    return SensitivityState.open(bundle, load_policy("default"), config, choose_images(bundle, None, config.images))
 
 
 @pytest.mark.parametrize("other", [QuantConfig(images=9), QuantConfig(images=8, observer="minmax")])

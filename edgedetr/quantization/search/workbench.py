@@ -23,9 +23,10 @@ from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16
 from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.progress import Progress
-from edgedetr.quantization import qdq
+from edgedetr.quantization import target as dialects
 from edgedetr.quantization.bias_correction import IMAGES
 from edgedetr.quantization.calibration import evenly_spaced, observe, share_pool_ranges
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.distance_meter import DistanceMeter
 from edgedetr.quantization.groups import Group, groups_of
@@ -33,11 +34,12 @@ from edgedetr.quantization.matched_distance import distances
 from edgedetr.quantization.observers import observer_of
 from edgedetr.quantization.placement import Placement, RangesByObserver, observers_of, plan_for
 from edgedetr.quantization.policy import check_policy, load_policy
-from edgedetr.quantization.qdq import Target, quantized_tensors, split_concats, tensors_to_observe, weight_bits
 from edgedetr.quantization.quantize import ABSMAX_IMAGES, int8_graph, read_onnx
+from edgedetr.quantization.quantized_tensors import quantized_tensors, tensors_to_observe
 from edgedetr.quantization.search.image_sets import ImageSets
 from edgedetr.quantization.search.search_state import SearchState
 from edgedetr.quantization.sensitivity import DIALECT
+from edgedetr.quantization.target import Target, weight_bits
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.backends.base import RawOutputs, Runner
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
@@ -95,8 +97,8 @@ class Workbench:
         check_policy(model, self.policy)
         self.graph = GraphIndex(model)
         self.groups: tuple[Group, ...] = groups_of(self.graph, self.policy)
-        cpu = replace(qdq.CPU, weight_bits=weight_bits(config.cpu_weights))
-        self.dialect: Target = cpu if target.artifact is INT8_CPU else qdq.TENSORRT
+        cpu = replace(dialects.CPU, weight_bits=weight_bits(config.cpu_weights))
+        self.dialect: Target = cpu if target.artifact is INT8_CPU else dialects.TENSORRT
         self.everything = Placement(tuple(group.id for group in self.groups))
 
     @cached_property

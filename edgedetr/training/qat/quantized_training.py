@@ -20,12 +20,13 @@ from edgedetr.models.detector import DetrModel
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.progress import Progress
 from edgedetr.quantization.calibration import Ranges, calibrate, choose_images, share_pool_ranges
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import LEARNED
 from edgedetr.quantization.placement import Placement, plan_for
 from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy
-from edgedetr.quantization.qdq import split_concats, tensors_to_observe
 from edgedetr.quantization.quantize import read_onnx
+from edgedetr.quantization.quantized_tensors import tensors_to_observe
 from edgedetr.recipe import Recipe
 from edgedetr.storage.atomic import atomic_write
 from edgedetr.storage.reading import read_json

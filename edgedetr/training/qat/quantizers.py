@@ -20,7 +20,7 @@ from edgedetr.errors import TrainingError
 from edgedetr.layers.linear import linear
 from edgedetr.layers.norm import padding_of, pair
 from edgedetr.packages import install, missing
-from edgedetr.quantization.qdq import MIN_SCALE
+from edgedetr.quantization.target import MIN_SCALE
 
 LIMIT = 127  # of the signed grid
 
@@ -86,7 +86,7 @@ class TensorRange(nn.Module):
 
     @torch.no_grad()
     def exact_scale(self) -> Tensor:
-        """[] float64, `quantization.qdq.scale_of` of the range."""
+        """[] float64, `quantization.target.scale_of` of the range."""
         for other in self._shares:
             return other.exact_scale()
         growth = self.log_growth.double().exp()
@@ -188,7 +188,7 @@ class LayerQuantizer:
 
 @torch.no_grad()
 def weight_scale(weight: Tensor, bias: Tensor | None, data_scale: Tensor) -> Tensor:
-    """[out] the scales that `quantization.qdq.quantize_weight` gives to a weight [out, ...].
+    """[out] the scales that `quantized_weight.quantize_weight` gives to a weight [out, ...].
 
     data_scale   [] float64, of the input
     """

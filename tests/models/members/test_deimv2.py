@@ -26,8 +26,8 @@ from edgedetr.models.checkpoints.weight_source import WeightSource
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.members.deimv2 import Deimv2Config
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.policy import load_policy, make_plan
-from edgedetr.quantization.qdq import split_concats
 from edgedetr.recipe import Recipe
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 

@@ -8,13 +8,15 @@ import pytest
 from members import HEIGHT, WIDTH, exported
 
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.groups import groups_of
 from edgedetr.quantization.placement import Placement, plan_for
 from edgedetr.quantization.policy import load_policy
-from edgedetr.quantization.qdq import CPU, split_concats, tensors_to_observe
 from edgedetr.quantization.quantize import int8_graph
+from edgedetr.quantization.quantized_tensors import tensors_to_observe
 from edgedetr.quantization.search.costs import Costs, GroupCost, measured_costs, owner_of
 from edgedetr.quantization.search.front import Edge
+from edgedetr.quantization.target import CPU
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,13 @@ from edgedetr.lint.lint import require_no_errors
 from edgedetr.lint.rtx import check_all
 from edgedetr.onnx_graph.fp16 import convert_to_fp16
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.groups import groups_of
 from edgedetr.quantization.placement import Placement, plan_for
 from edgedetr.quantization.policy import load_policy
-from edgedetr.quantization.qdq import TENSORRT, split_concats, tensors_to_observe
 from edgedetr.quantization.quantize import int8_graph
+from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.target import TENSORRT
 
 HAS_RTX = any(map(find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings")))
 

@@ -25,12 +25,14 @@ from edgedetr.models.deploy import DeployGraph, bundle_detector, fuse
 from edgedetr.models.records import Outputs
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.calibration import Ranges
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.groups import groups_of
 from edgedetr.quantization.placement import Placement, plan_for
 from edgedetr.quantization.policy import load_policy
-from edgedetr.quantization.qdq import TENSORRT, quantized_tensors, split_concats
 from edgedetr.quantization.quantize import read_onnx
+from edgedetr.quantization.quantized_tensors import quantized_tensors
+from edgedetr.quantization.target import TENSORRT
 from edgedetr.recipe import Recipe
 from edgedetr.training.config import LossConfig
 from edgedetr.training.output import CHECKPOINT, FOLDER

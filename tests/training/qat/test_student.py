@@ -16,9 +16,10 @@ from edgedetr.models import build
 from edgedetr.models.deploy import fusable, fuse, load_fused
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.calibration import share_pool_ranges
+from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.policy import Policy, Product, load_policy, make_plan
-from edgedetr.quantization.qdq import quantize_weight, split_concats
 from edgedetr.quantization.quantize import read_onnx
+from edgedetr.quantization.quantized_weight import quantize_weight
 from edgedetr.training.qat.quantizers import QuantizedConv2d, TensorRange, weight_scale
 from edgedetr.training.qat.student import learned_ranges, make_student
 
