@@ -96,12 +96,23 @@ def as_number(value: object) -> object:
     return float(text)
 
 
-def read_names(file: Path) -> list[str]:
-    """Class names, one per line. Errors: DataError where there is none."""
-    names = [line.strip() for line in read_text(file, DataError).splitlines() if line.strip()]
-    if not names:
+def read_names(file: Path, *, numbered: bool = False) -> list[str]:
+    """Class names, one per line; empty lines at the end count for nothing.
+
+    numbered   objects name their class by the number of its line: no line between names may be empty then, because
+               tools disagree whether it has a number
+
+    Errors: DataError where there is none, or an empty line that has to be a name.
+    """
+    names = [line.strip() for line in read_text(file, DataError).rstrip().splitlines()]
+    if not any(names):
         raise DataError(f"{file}: empty; expected class names, one per line")
-    return names
+    if numbered and "" in names:
+        raise DataError(
+            f"{file}, line {names.index('') + 1}: empty, so the numbers of the classes after it are uncertain; remove "
+            "the line if they were counted without it, else write a name there"
+        )
+    return [name for name in names if name]
 
 
 def class_infos(names: Iterable[str]) -> tuple[ClassInfo, ...]:

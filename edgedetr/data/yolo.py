@@ -62,11 +62,24 @@ def find(root: Path) -> dict[str, Source]:
         for path in children(root)
         if path.suffix.lower() == ".txt" and canonical_split_name(path.stem) in SPLITS
     }
+    lists |= _darknet_lists(root)
     if lists:
         return lists
     for folder in [root, *folders]:
         if _side_by_side(folder):
             found["train" if folder == root else canonical_split_name(folder.name)] = Source((folder,))
+    return found
+
+
+def _darknet_lists(root: Path) -> dict[str, Source]:
+    """The lists that Darknet's obj.data names, as in `valid = data/my_val.txt`. Errors: DataError where one is gone."""
+    found: dict[str, Source] = {}
+    for file in (path for path in children(root) if path.suffix == ".data" and os.path.isfile(path)):
+        resolver = PathResolver(root, [root])
+        for line in read_text(file, DataError).splitlines():
+            key, equals, value = (part.strip() for part in line.partition("="))
+            if equals and value and key in ("train", "valid", "val", "test"):
+                found[canonical_split_name(key)] = Source((_image_source(resolver, value, key, file),))
     return found
 
 
@@ -143,38 +156,39 @@ def _named_splits(root: Path, description: Path, absent: list[DataIssue] | None 
     Roboflow writes ../test/images into every data.yaml, so a missing test split is not an error.
     """
     described = data_yaml.read(description)
-    base = root
-    if isinstance(described.get("path"), str):
+    base, hint = root, ""
+    if isinstance(stated := described.get("path"), str):
         # `path` is often a folder of the author's machine; it is used only where it is inside the root.
-        candidate = PathResolver(root, [root]).find(described["path"], folder=True)
+        candidate = PathResolver(root, [root]).find(stated, folder=True)
         base = candidate if candidate is not None and os.path.isdir(candidate) else root
+        if base == root and os.path.isdir(elsewhere := os.path.normpath(os.path.abspath(root / stated))):
+            hint = f"; its path is {elsewhere}: copy {description.name} there, and name that folder by --data"
     resolver = PathResolver(root, list(dict.fromkeys([base, root])))
     found: dict[str, Source] = {}
     for key in ("train", "val", "valid", "validation", "test"):
-        value = described.get(key)
-        texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        texts = [text for text in texts if text not in NO_VALUE]
+        value = described.get(key, "")
+        texts = [text for text in (value if isinstance(value, list) else [value]) if text not in ("", *NO_VALUE)]
         try:
-            there = tuple(_image_source(resolver, text, key, description) for text in texts if text)
+            there = tuple(_image_source(resolver, text, key, description, hint) for text in texts)
         except DataError as error:
             if key != "test" or not found:
                 raise
             if absent is not None:
                 absent.append(DataIssue("missing-split", str(description), f"{error}; the set has no test split", True))
             continue
-        if there and canonical_split_name(key) not in found:
-            found[canonical_split_name(key)] = Source(there)
+        if there and found.setdefault(canonical_split_name(key), Source(there)) != Source(there):
+            raise DataError(f"{description}: {key} is another name of the split val, which has other images; keep one")
     return found
 
 
-def _image_source(resolver: PathResolver, text: Any, key: str, description: Path) -> Path:
+def _image_source(resolver: PathResolver, text: Any, key: str, description: Path, hint: str = "") -> Path:
     path = resolver.find(text, folder=True)
     if path is not None and not os.path.exists(path):
         path = _any_case(resolver, text)
     if path is None or not (os.path.isdir(path) or (os.path.isfile(path) and not is_image(path))):
         raise DataError(
             f"{description}: {key}: {str(text)[:200]!r} is not a folder or list inside {resolver.root}; "
-            "expected one, as in 'train: images/train'; correct or remove the line"
+            f"expected one, as in 'train: images/train'{hint or '; correct or remove the line'}"
         )
     return path
 
@@ -221,7 +235,7 @@ def _class_names(root: Path) -> tuple[list[str], tuple[int, int] | None]:
         described = data_yaml.read(description)
         names = described.get("names")
         if isinstance(names, str) and names and os.path.isfile(listing := root / Path(names).name):
-            names = list(read_names(listing))
+            names = list(read_names(listing, numbered=True))
         if isinstance(names, dict):
             names = _in_order(names, description)
         if isinstance(names, list) and names:
@@ -233,7 +247,7 @@ def _class_names(root: Path) -> tuple[list[str], tuple[int, int] | None]:
             return names, _points(described.get("kpt_shape"), description)
     named = _names_file(root)
     if named is not None:
-        return read_names(named), None
+        return read_names(named, numbered=True), None
     several = [path.name for path in children(root) if path.suffix.lower() in CONFIGURATIONS and _describes(path)]
     if description is None and len(several) > 1:
         raise DataError(

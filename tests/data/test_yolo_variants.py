@@ -237,6 +237,48 @@ def test_label_files_next_to_their_images_are_found(tmp_path, names, folder, spl
     assert kinds(found) == []
 
 
+def test_an_empty_line_between_numbered_names_is_refused_and_none_at_the_end(tmp_path):
+    (yolo(tmp_path) / "data.yaml").unlink()
+    text(tmp_path / "classes.txt", "cat\ndog\n\n \n")
+    assert [info.name for info in load(tmp_path).classes] == ["cat", "dog"]
+    text(tmp_path / "classes.txt", "cat\n\ndog\n")
+    with pytest.raises(DataError, match=r"classes\.txt, line 2: empty"):
+        load(tmp_path)
+
+
+def test_the_lists_that_darknet_s_obj_data_names_are_the_splits(tmp_path):
+    text(tmp_path / "obj.names", "cat\ndog\n")
+    text(tmp_path / "obj.data", "classes = 2\ntrain=data/mine.txt\nvalid = data/other.txt\nnames = data/obj.names\n")
+    for seed, (name, listing) in enumerate((("a", "mine"), ("b", "other"))):
+        put_image(tmp_path / "obj_train_data" / f"{name}.jpg", seed)
+        text(tmp_path / "obj_train_data" / f"{name}.txt", "1 0.5 0.5 0.25 0.2\n")
+        text(tmp_path / f"{listing}.txt", f"data/obj_train_data/{name}.jpg\n")
+    assert layouts.splits(tmp_path) == {"train": 1, "val": 1}
+    assert [sample.path.name for sample in load(tmp_path, "val").samples] == ["b.jpg"]
+    (tmp_path / "other.txt").unlink()
+    with pytest.raises(DataError, match=r"obj\.data: valid: 'data/other\.txt' is not a folder or list"):
+        layouts.splits(tmp_path)
+
+
+def test_a_path_to_another_folder_is_named_with_what_to_do(tmp_path):
+    (yolo(tmp_path / "pets") / "data.yaml").unlink()
+    text(tmp_path / "project" / "data.yaml", "path: ../pets\nnames: [cat, dog]\ntrain: images/train\n")
+    with pytest.raises(DataError, match=rf"its path is {tmp_path / 'pets'}: copy data\.yaml there"):
+        layouts.splits(tmp_path / "project")
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        ("train: {a: images/train}", "train: .* is not a folder or list"),
+        ("train: images/train\nval: images/train\nvalid: images", "valid is another name of the split val"),
+    ],
+)
+def test_a_split_that_cannot_be_meant_is_refused(tmp_path, lines, said):
+    with pytest.raises(DataError, match=said):
+        layouts.splits(yolo(tmp_path, f"names: [cat, dog]\n{lines}\n"))
+
+
 def test_linked_folders_of_images_and_labels_are_followed(tmp_path):
     yolo(tmp_path, names=("a",))
     put_image(tmp_path / "pool" / "x.jpg", 5)
