@@ -1,5 +1,6 @@
 """Read the Pascal VOC layout: Annotations/*.xml, JPEGImages/ (or images/), ImageSets/Main/<split>.txt; or <split>/*.xml
-next to the images; FiftyOne's labels/*.xml and data/; or one folder with all files.
+next to the images; FiftyOne's labels/*.xml and data/; or one folder with all files. Without ImageSets/Main, the lists
+are ImageSets/<split>.txt or <split>.txt.
 
 Corners are read as x = xmin, width = xmax - xmin, as the usual converters do. `difficult` objects become crowd, because
 the VOC evaluation ignores them. Class names come from classes.txt, else from the files, sorted. An XML file describes
@@ -60,13 +61,7 @@ def find(root: Path) -> dict[str, Source]:
     )
     annotated = _xml(annotations) if annotations is not None and image_folder is not None else ()
     if annotations is not None and image_folder is not None:
-        sets = child(root, "ImageSets")
-        main = child(sets, "Main") if sets is not None else None
-        lists = [
-            file
-            for file in (children(main) if main is not None and os.path.isdir(main) else [])
-            if file.suffix.lower() == ".txt" and os.path.isfile(file)
-        ]
+        lists = _lists(root)
         for file in lists:
             split = canonical_split_name(file.stem)
             # Other lists are of one class (aeroplane_train.txt).
@@ -84,6 +79,19 @@ def find(root: Path) -> dict[str, Source]:
     if not found and (files := _own_xml(root)):
         return {"train": Source(files, root)}
     return found
+
+
+def _lists(root: Path) -> list[Path]:
+    """The text files of ImageSets/Main; where none of them is a split, those of splits in ImageSets/ or in the root."""
+    sets = child(root, "ImageSets")
+    main = child(sets, "Main") if sets is not None else None
+    folders = [folder for folder in (main, sets, root) if folder is not None and os.path.isdir(folder)]
+    lists = [
+        [file for file in children(folder) if file.suffix.lower() == ".txt" and os.path.isfile(file)]
+        for folder in folders
+    ]
+    of_splits = ([file for file in files if canonical_split_name(file.stem) in SPLITS] for files in lists)
+    return next(filter(None, of_splits), lists[0] if folders[0] == main else [])
 
 
 def _split_folders(annotations: Path, image_folder: Path) -> dict[str, Source]:
@@ -233,6 +241,7 @@ def _listed(annotations: Path, file: Path, annotated: tuple[Path, ...]) -> tuple
         flagged = FLAGGED.fullmatch(name)
         bare = str(PurePosixPath(name).with_suffix("")) if name.lower().endswith(ENDINGS) else name
         spellings = [name, bare, flagged["name"] if flagged else name]
+        # The last name also of PaddlePaddle's "JPEGImages/a.jpg Annotations/a.xml".
         spellings += [PurePosixPath(spelling).name for spelling in spellings]
         path = next((there[fold(spelling)] for spelling in spellings if fold(spelling) in there), None)
         if path is None and ("/" in name or "\0" in name):

@@ -146,6 +146,26 @@ def test_lists_of_other_names_are_said_to_be_unused(tmp_path):
     assert [where for where, _, _ in found(tmp_path, "unused-list")] == ["ImageSets/Main"]
 
 
+@pytest.mark.parametrize(
+    "folder, line",
+    [
+        ("ImageSets", "{}"),
+        (".", "{}"),
+        (".", "JPEGImages/{}.jpg Annotations/{}.xml"),
+        (".", "./JPEGImages/{}.jpg\t./Annotations/{}.xml"),
+        (".", "/home/me/VOCdevkit/VOC2007/JPEGImages/{}.jpg"),
+    ],
+)
+def test_lists_of_splits_elsewhere_than_in_main_keep_the_splits_apart(tmp_path, folder, line):
+    voc(tmp_path, ("a b", "c"))
+    text(tmp_path / folder / "train.txt", line.replace("{}", "a b") + "\n")
+    text(tmp_path / folder / "val_list.txt", "")
+    text(tmp_path / folder / "valid.txt", line.replace("{}", "c") + "\n")
+    assert layouts.splits(tmp_path) == {"train": 1, "val": 1}
+    assert [sample.path.name for sample in layouts.load(tmp_path, "val").samples] == ["c.jpg"]
+    assert [sample.path.name for sample in layouts.load(tmp_path, "train").samples] == ["a b.jpg"]
+
+
 @pytest.mark.parametrize("root, said", [("html", "<html>"), ("annotations", "CVAT")])
 def test_xml_of_something_else_is_no_image_without_objects(tmp_path, root, said):
     voc(tmp_path)
