@@ -49,3 +49,12 @@ def clip(boxes: np.ndarray, height: float, width: float) -> np.ndarray:
     """xyxy boxes [..., 4] cut to the image, 0..width and 0..height."""
     limit = np.array([width, height, width, height], dtype=boxes.dtype)
     return np.clip(boxes, 0, limit)
+
+
+def around_turned(boxes: np.ndarray, degrees: float) -> np.ndarray:
+    """The upright boxes around xyxy boxes [..., 4] that are turned about their centers -> [..., 4] xyxy."""
+    cos, sin = abs(np.cos(np.radians(degrees))), abs(np.sin(np.radians(degrees)))
+    low, high = boxes[..., :2], boxes[..., 2:]
+    center, half = (low + high) / 2, (high - low) / 2
+    half = half * cos + half[..., ::-1] * sin
+    return np.concatenate([center - half, center + half], axis=-1)

@@ -34,3 +34,13 @@ def test_boxes_without_area_overlap_nothing_and_divide_by_nothing():
 
 def test_clip_keeps_boxes_inside_height_and_width():
     assert boxes.clip(np.array([[-3.0, -2, 30, 20]]), height=10, width=25).tolist() == [[0, 0, 25, 10]]
+
+
+def test_the_box_around_a_turned_box_is_that_of_its_turned_corners(rng):
+    for x0, y0, w, h, degrees in rng.uniform(1, 100, (20, 5)) * [1, 1, 1, 1, 5]:
+        corners = np.array([x0 + 1j * y0, x0 + w + 1j * y0, x0 + 1j * (y0 + h), x0 + w + 1j * (y0 + h)])
+        center = corners.mean()
+        turned = center + (corners - center) * np.exp(1j * np.radians(degrees))
+        found = boxes.around_turned(np.array([x0, y0, x0 + w, y0 + h]), degrees)
+        wanted = [turned.real.min(), turned.imag.min(), turned.real.max(), turned.imag.max()]
+        assert found == pytest.approx(wanted, abs=1e-9)  # float64 rounding of pixels

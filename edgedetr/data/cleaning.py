@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -46,12 +47,16 @@ class UnusableSplit(DataError):
 
 @dataclass(frozen=True)
 class RawObject:
-    """One object as read from the layout. xyxy in pixels, or in 0..1 where the image is `relative`."""
+    """One object as read from the layout. xyxy in pixels, or in 0..1 where the image is `relative`.
+
+    degrees   by which the box is turned about its center; the box around it is used
+    """
 
     label: int
     xyxy: tuple[float, float, float, float]
     crowd: bool = False
     area: float | None = None
+    degrees: float = 0.0
 
 
 @dataclass
@@ -87,6 +92,12 @@ def numbers(values: object, count: int) -> tuple[float, ...] | None:
     except OverflowError:  # an int of a thousand digits
         return None
     return found if all(math.isfinite(value) for value in found) else None
+
+
+def turn(value: object) -> float:
+    """The angle of a box, in degrees; whole turns, and values that are no number, are 0."""
+    found = numbers([as_number(value)], 1)
+    return 0.0 if found is None else found[0] % 360
 
 
 def as_number(value: object) -> object:
@@ -167,11 +178,23 @@ def summary(issues: Iterable[DataIssue]) -> str:
 
 
 def equal_names(classes: Sequence[ClassInfo]) -> list[DataIssue]:
-    """One issue for each name that several classes share, and for each class with an empty name."""
+    """One issue for each name that several classes share, wholly or nearly, and for each class with an empty name."""
     counts = Counter(info.name for info in classes)
     ids = {name: [info.category_id for info in classes if info.name == name] for name in counts if counts[name] > 1}
     empty = [info.category_id for info in classes if not info.name.strip()]
+    alike: dict[str, list[str]] = {}
+    for name in counts:
+        alike.setdefault(" ".join(unicodedata.normalize("NFC", name).casefold().split()), []).append(name)
     return [
+        DataIssue(
+            "similar-class-names",
+            of[0],
+            f"{' and '.join(map(repr, of))} differ in case, spaces or Unicode form alone, and are different classes; if "
+            "they are one, rename one of them in the annotations",
+        )
+        for key, of in alike.items()
+        if key and len(of) > 1
+    ] + [
         DataIssue("empty-class-name", str(number), f"the class with the id {number} has an empty name; give it one")
         for number in empty
     ] + [
@@ -262,6 +285,9 @@ def _clean_sample(
         crowd.append(item.crowd)
         full = float(box.area(found))
         areas.append(min(item.area, full) if item.area is not None else full)
+    if turned := sum(item.degrees != 0 for item in objects):
+        what = f"{turned} of {len(objects)} boxes are turned, as CVAT writes them; the upright box around each is used"
+        issues.append(DataIssue("turned-box", where, what))
     if repeated:
         issues.append(
             DataIssue(
@@ -304,6 +330,8 @@ def _clipped(
     corners = np.array(item.xyxy, dtype=np.float64)
     if relative:
         corners *= [width, height, width, height]
+    if item.degrees:
+        corners = box.around_turned(corners, item.degrees)
     shown = _shown(corners)
     if corners[2] <= corners[0] or corners[3] <= corners[1]:
         issues.append(DataIssue("degenerate-box", where, f"box {shown} (x0, y0, x1, y1) has no area", True, 1))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgedetr.bundle import ClassInfo
 from edgedetr.data import coco_boxes
-from edgedetr.data.cleaning import RawImage, RawObject, RawSplit, as_number, numbers
+from edgedetr.data.cleaning import RawImage, RawObject, RawSplit, as_number, numbers, turn
 from edgedetr.data.detection_set import DataIssue, canonical_split_name
 from edgedetr.data.image_paths import PathResolver
 from edgedetr.data.images import is_image
@@ -345,7 +345,9 @@ def _annotate(
         )
         return 0
     x, y, w, h = corner
-    image.objects.append(RawObject(label, (x, y, x + w, y + h), crowd=crowd, area=size))
+    attributes = row.get("attributes")  # CVAT: the box before it is turned, and the angle
+    degrees = turn(attributes.get("rotation")) if isinstance(attributes, dict) else 0.0
+    image.objects.append(RawObject(label, (x, y, x + w, y + h), crowd=crowd, area=size, degrees=degrees))
     return 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
 from edgedetr.data import listing
-from edgedetr.data.cleaning import RawImage, RawObject, RawSplit, class_infos, numbers, read_names
+from edgedetr.data.cleaning import RawImage, RawObject, RawSplit, class_infos, numbers, read_names, turn
 from edgedetr.data.detection_set import DataIssue, canonical_split_name
 from edgedetr.data.listing import child, children, fold
 from edgedetr.data.voc_xml import parse
@@ -312,5 +312,12 @@ def _annotate(
                 index[name],
                 (corners[0], corners[1], corners[2], corners[3]),
                 crowd=_text(item, "difficult").lower() in ("1", "true"),
+                degrees=_degrees(item),
             )
         )
+
+
+def _degrees(item: ElementTree.Element) -> float:
+    """The angle that CVAT writes as an attribute beside the box before it is turned."""
+    attributes = item.findall("attributes/attribute")
+    return next((turn(_text(one, "value")) for one in attributes if _text(one, "name") == "rotation"), 0.0)

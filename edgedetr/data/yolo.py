@@ -94,7 +94,7 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
     description = describing_file(root)
     if description is not None:
         _named_splits(root, description, issues)
-    names, points = _class_names(root)
+    names, points = _class_names(root, source)
     paths = _image_files(root, source, issues)
     labels = Labels(root, len(names), points)
     found = []
@@ -121,13 +121,26 @@ def _side_by_side(folder: Path) -> bool:
     return any(path.suffix.lower() == ".txt" and path.stem in stems for path in entries)
 
 
-def _names_file(root: Path) -> Path | None:
-    """A list of class names, one per line: in the root, next to the labels, or in a folder of images and labels."""
-    for folder in [root, *(path for path in children(root) if os.path.isdir(path))]:
-        for name in NAMES:
-            if os.path.isfile(folder / name):
-                return folder / name
-    return next((path for path in children(root) if path.suffix == ".names" and os.path.isfile(path)), None)
+def _names_file(root: Path, source: Source | None = None) -> Path | None:
+    """A list of class names, one per line: in the root, in a folder of the split or next to it, or in any folder.
+
+    Errors: DataError where the root's gives other names to the split's numbers than the split's own.
+    """
+    folders = [path for of in (source.paths if source else ()) for path in (of, of.parent) if os.path.isdir(path)]
+    found = [path for folder in (root, *folders) if (path := _names_in(folder)) is not None]
+    for other in found[1:]:
+        pairs = zip(read_names(found[0], numbered=True), read_names(other, numbered=True))
+        if found[0].parent == root and any(one != two for one, two in pairs):
+            raise DataError(f"{found[0]} and {other} give other names to the same numbers; expected one; remove the other")
+    if found:
+        return found[0]
+    inside = [path for folder in children(root) if os.path.isdir(folder) and (path := _names_in(folder)) is not None]
+    named = (path for path in children(root) if path.suffix == ".names" and os.path.isfile(path))
+    return next(iter(inside), next(named, None))
+
+
+def _names_in(folder: Path) -> Path | None:
+    return next((folder / name for name in NAMES if os.path.isfile(folder / name)), None)
 
 
 def describing_file(root: Path) -> Path | None:
@@ -228,7 +241,7 @@ def _image_files(root: Path, source: Source, issues: list[DataIssue]) -> list[Pa
     return list(dict.fromkeys(found))
 
 
-def _class_names(root: Path) -> tuple[list[str], tuple[int, int] | None]:
+def _class_names(root: Path, source: Source) -> tuple[list[str], tuple[int, int] | None]:
     """The names, and (points, numbers per point) of poses, where data.yaml has kpt_shape."""
     description = describing_file(root)
     if description is not None:
@@ -245,7 +258,7 @@ def _class_names(root: Path) -> tuple[list[str], tuple[int, int] | None]:
             if isinstance(stated, str) and re.fullmatch("[0-9]{1,9}", stated) and int(stated) != len(names):
                 raise DataError(f"{description}: nc is {stated}, but there are {len(names)} names; correct one of them")
             return names, _points(described.get("kpt_shape"), description)
-    named = _names_file(root)
+    named = _names_file(root, source)
     if named is not None:
         return read_names(named, numbered=True), None
     several = [path.name for path in children(root) if path.suffix.lower() in CONFIGURATIONS and _describes(path)]

@@ -226,6 +226,29 @@ def test_equal_boxes_are_found_and_one_is_kept(tmp_path):
     assert (note.kind, note.objects, note.fatal) == ("duplicate-box", 3, False)
 
 
+@pytest.mark.parametrize("layout", ["coco", "voc"])
+def test_a_box_that_cvat_turned_becomes_the_box_around_it(tmp_path, layout):
+    if layout == "coco":
+        content = tables(1)
+        content["annotations"][0].update(attributes={"occluded": False, "rotation": 90.0})
+        content["annotations"][1].update(attributes={"occluded": False, "rotation": 0.0})
+        coco(tmp_path, content=content, count=1)
+    else:
+        said = "<attributes><attribute><name>rotation</name><value>450</value></attribute></attributes>"
+        voc(tmp_path, ("a",))
+        text(tmp_path / "Annotations" / "a.xml", xml("a.jpg").replace("</bndbox>", f"</bndbox>{said}"))
+    found = load(tmp_path)
+    assert found.samples[0].boxes[0].tolist() == pytest.approx([3, 6, 15, 16])  # 10 x 12 about (9, 11), a quarter turn
+    assert kinds(found) == ["turned-box"]
+
+
+def test_class_names_that_differ_in_case_or_spaces_alone_are_a_finding(tmp_path):
+    voc(tmp_path)
+    text(tmp_path / "Annotations" / "a.xml", xml("a.jpg", "Dog"))
+    (note,) = load(tmp_path).issues
+    assert note.kind == "similar-class-names" and "'Dog' and 'dog'" in note.what and not note.fatal
+
+
 def test_boxes_in_fractions_are_named_left_out_and_refused_by_strict(tmp_path):
     content = tables()
     for row in content["annotations"]:

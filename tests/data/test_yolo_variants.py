@@ -246,6 +246,19 @@ def test_an_empty_line_between_numbered_names_is_refused_and_none_at_the_end(tmp
         load(tmp_path)
 
 
+def test_each_folder_s_own_list_numbers_its_classes_and_splits_are_matched_by_name(tmp_path):
+    for seed, (split, names) in enumerate((("train", "cat\ndog\n"), ("valid", "dog\ncat\n"))):
+        put_image(tmp_path / split / "a.jpg", seed)
+        text(tmp_path / split / "a.txt", "1 0.5 0.5 0.25 0.2\n")
+        text(tmp_path / split / "_darknet.labels", names)
+    train = load(tmp_path, "train")
+    val = layouts.load(tmp_path, "val", classes=train.classes, owner="train")
+    assert [train.classes[found.samples[0].labels[0]].name for found in (train, val)] == ["dog", "cat"]
+    text(tmp_path / "classes.txt", "cat\ndog\n")
+    with pytest.raises(DataError, match="give other names to the same numbers"):
+        load(tmp_path, "val")
+
+
 def test_the_lists_that_darknet_s_obj_data_names_are_the_splits(tmp_path):
     text(tmp_path / "obj.names", "cat\ndog\n")
     text(tmp_path / "obj.data", "classes = 2\ntrain=data/mine.txt\nvalid = data/other.txt\nnames = data/obj.names\n")
