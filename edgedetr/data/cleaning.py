@@ -185,27 +185,31 @@ def equal_names(classes: Sequence[ClassInfo]) -> list[DataIssue]:
     alike: dict[str, list[str]] = {}
     for name in counts:
         alike.setdefault(" ".join(unicodedata.normalize("NFC", name).casefold().split()), []).append(name)
-    return [
-        DataIssue(
-            "similar-class-names",
-            of[0],
-            f"{' and '.join(map(repr, of))} differ in case, spaces or Unicode form alone, and are different classes; if "
-            "they are one, rename one of them in the annotations",
-        )
-        for key, of in alike.items()
-        if key and len(of) > 1
-    ] + [
-        DataIssue("empty-class-name", str(number), f"the class with the id {number} has an empty name; give it one")
-        for number in empty
-    ] + [
-        DataIssue(
-            "equal-class-names",
-            name,
-            f"the classes with the ids {', '.join(map(str, of))} are all called "
-            f"{name!r}; they are distinguished by their ids",
-        )
-        for name, of in ids.items()
-    ]
+    return (
+        [
+            DataIssue(
+                "similar-class-names",
+                of[0],
+                f"{' and '.join(map(repr, of))} differ in case, spaces or Unicode form alone, and are classes of "
+                "their own; if they are one, rename one of them in the annotations",
+            )
+            for key, of in alike.items()
+            if key and len(of) > 1
+        ]
+        + [
+            DataIssue("empty-class-name", str(number), f"the class with the id {number} has an empty name; give it one")
+            for number in empty
+        ]
+        + [
+            DataIssue(
+                "equal-class-names",
+                name,
+                f"the classes with the ids {', '.join(map(str, of))} are all called "
+                f"{name!r}; they are distinguished by their ids",
+            )
+            for name, of in ids.items()
+        ]
+    )
 
 
 def _all_fractions(found: Iterable[RawImage]) -> bool:

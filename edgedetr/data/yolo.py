@@ -20,7 +20,7 @@ from edgedetr.data.detection_set import DataIssue, canonical_split_name
 from edgedetr.data.image_paths import PathResolver
 from edgedetr.data.images import is_image
 from edgedetr.data.listing import BROKEN_LINK, child, children, images_in, links_as_text
-from edgedetr.data.yolo_labels import Labels
+from edgedetr.data.yolo_labels import Labels, drop_misread
 from edgedetr.errors import DataError
 from edgedetr.storage.reading import read_text
 
@@ -102,6 +102,7 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
         image = RawImage(position, path, relative=True)
         labels.fill(image, issues)
         found.append(image)
+    drop_misread(found, issues)
     folders = [path for path in source.paths if os.path.isdir(path)]
     broken: list[Path] = []
     for folder in folders:
@@ -131,7 +132,7 @@ def _names_file(root: Path, source: Source | None = None) -> Path | None:
     for other in found[1:]:
         pairs = zip(read_names(found[0], numbered=True), read_names(other, numbered=True))
         if found[0].parent == root and any(one != two for one, two in pairs):
-            raise DataError(f"{found[0]} and {other} give other names to the same numbers; expected one; remove the other")
+            raise DataError(f"{found[0]} and {other} give other names to the same numbers; keep one of them")
     if found:
         return found[0]
     inside = [path for folder in children(root) if os.path.isdir(folder) and (path := _names_in(folder)) is not None]

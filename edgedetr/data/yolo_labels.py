@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from edgedetr.boxes import xyxy_to_cxcywh
 from edgedetr.data.cleaning import RawImage, RawObject, numbers
 from edgedetr.data.detection_set import DataIssue
 from edgedetr.data.images import is_image
@@ -16,6 +19,8 @@ from edgedetr.storage.reading import read_text
 
 LIMIT = 2 << 20  # bytes; 20,000 boxes
 SEPARATE = 20  # invalid lines of one file that are reported one by one
+FEWEST, BEYOND = 8, 0.25  # boxes of a split, and fraction beyond the image, from which another meaning is considered
+SLACK = 0.01  # of the image: writers round, and cut boxes at the border differently
 NOTES = frozenset({"classes", "notes", "labels", "predefined_classes", "train", "val", "valid", "test", "obj"})
 
 
@@ -208,6 +213,39 @@ class Labels:
         seen = set(values[7::3])
         # A polygon along the border has zeros and ones too, but no 2, and an odd number of words.
         return seen <= {0.0, 1.0, 2.0} and (len(words) % 2 == 0 or 2.0 in seen)
+
+
+def drop_misread(images: Sequence[RawImage], issues: list[DataIssue]) -> None:
+    """Leave out every box of a split whose lines hold `x0 y0 x1 y1` or `x0 y0 w h` instead of `cx cy w h`.
+
+    A single box can be any of them. All boxes together cannot: read in the other way, all end inside of their images;
+    read as center and size, many extend beyond them.
+    """
+    corners = np.array([item.xyxy for image in images for item in image.objects])
+    if len(corners) < FEWEST:
+        return
+    x, y, third, fourth = xyxy_to_cxcywh(corners).T  # as they are written
+    beyond = (corners < -SLACK).any(1) | (corners > 1 + SLACK).any(1)
+    fits = {
+        "x0 y0 x1 y1": (third > x) & (fourth > y) & (np.maximum(third, fourth) <= 1 + SLACK),
+        "x0 y0 w h": (np.maximum(x + third, y + fourth) <= 1 + SLACK),
+    }
+    meant = next((words for words, fitting in fits.items() if fitting.all()), "")
+    if beyond.mean() < BEYOND or not meant:
+        return
+    for image in images:
+        if image.objects:
+            issues.append(
+                DataIssue(
+                    "box-in-corners",
+                    str(image.path),
+                    f"read as cx cy w h, {100 * beyond.mean():.0f} % of this split's boxes extend beyond their images; "
+                    f"as {meant} none does; expected center and size in 0..1: convert the label files",
+                    True,
+                    len(image.objects),
+                )
+            )
+            image.objects = []
 
 
 def object_lines(file: Path) -> int:

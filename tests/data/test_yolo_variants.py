@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -210,6 +211,19 @@ def test_polygons_and_turned_boxes_stay_polygons(tmp_path):
     found = load(yolo(tmp_path, line=corners))
     assert found.samples[0].boxes[0].tolist() == pytest.approx([4, 6, 20, 12])
     assert "pose-labels" not in kinds(found) and "perhaps-pose-labels" not in kinds(found)
+
+
+@pytest.mark.parametrize("words", ["x0 y0 x1 y1", "x0 y0 w h"])
+def test_lines_of_corners_are_named_and_left_out(tmp_path, words, rng):
+    low, size = rng.uniform(0, 0.4, (40, 2)), rng.uniform(0.3, 0.6, (40, 2))
+    boxes = np.concatenate([low, low + size if words == "x0 y0 x1 y1" else size], axis=1)
+    whole = "".join(f"0 {' '.join(f'{value:.4f}' for value in box)}\n" for box in boxes)
+    found = load(yolo(tmp_path / "a", names=("a",), line=whole))
+    assert kinds(found) == ["box-in-corners"] and found.issues[0].objects == 40 and words in found.issues[0].what
+    right = np.concatenate([low + size / 2, size], axis=1)
+    right[:12, 0] = 0.05  # objects that the border cuts, as drawn by people who continue them beyond it
+    whole = "".join(f"0 {' '.join(f'{value:.4f}' for value in box)}\n" for box in right)
+    assert set(kinds(load(yolo(tmp_path / "b", names=("a",), line=whole)))) == {"box-cut"}
 
 
 def test_lines_of_one_length_may_be_poses_and_are_named(tmp_path):
