@@ -25,6 +25,7 @@ from edgedetr.data.detection_set import DataConfig
 from edgedetr.errors import RecipeError, did_you_mean
 from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.exporting.config import ExportConfig
+from edgedetr.idle_settings import idle
 from edgedetr.models import FAMILY
 from edgedetr.options import check
 from edgedetr.package_data import recipes_directory
@@ -144,7 +145,7 @@ class Recipe:
             )
         for section, values in (read_preset(preset, name) if preset else {}).items():
             sections.setdefault(section, {}).update(values)  # a preset changes the recipe
-        given = {(section, key) for section, key, _ in assigned}
+        given = dict.fromkeys((section, key) for section, key, _ in assigned)
         if ("model", "backbone_weights") in given and ("train", "start") not in given:
             assigned.append(("train", "start", BACKBONE_ALONE))  # who chooses them starts from them
         for section, key, value in assigned:
@@ -158,6 +159,8 @@ class Recipe:
                 parts[part.name] = _build(kind, sections.get(part.name, {}), f"{where} [{part.name}]")
         recipe = cls(**parts)
         recipe.input.contract()
+        for sentence in idle(recipe, (f"{section}.{key}" for section, key in given)):
+            log.warning("%s", sentence)
         return recipe
 
     def to_bundle(self, bundle: Bundle, *, stage: str, sections: Iterable[str] | None = None) -> bool:

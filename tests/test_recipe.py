@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgedetr.errors import RecipeError
+from edgedetr.idle_settings import NEEDS
 from edgedetr.package_data import recipes_directory
 from edgedetr.recipe import Recipe
 
@@ -154,3 +155,32 @@ def test_an_older_and_a_newer_name_of_one_key_together_are_refused(tmp_path):
     both.write_text("[augment]\ncolour = 0.25\ncolor = 0.5\n")
     with pytest.raises(RecipeError, match="'colour' is the older name of 'color', and both are given"):
         Recipe.load(both)
+
+
+@pytest.mark.parametrize(
+    "sets, said",
+    [
+        (["augment.mosaic_degrees=5"], "it needs augment.mosaic above 0 and augment.mosaic_kind = 'affine'"),
+        (["augment.mosaic_degrees=5", "augment.mosaic=0.5", "augment.mosaic_kind=affine"], ""),
+        (["train.denoising=50", "model.name=detr"], "it needs model.denoising = true"),
+        (["train.denoising=50"], ""),
+        (["train.vfl_alpha=0.5"], ""),  # rt_detr's own loss
+        (["train.vfl_alpha=0.5", "train.class_loss=focal"], "it needs the loss 'vfl'"),
+        (["quant.percentile=99.9"], "it needs quant.observer = 'percentile'"),
+        (["quant.percentile=99.9", "quant.observer=percentile"], ""),
+        (["train.flat=0.3"], "it needs train.schedule = 'flat_cosine'"),
+        (["augment.crop=0.9", "augment.off_for_last=1"], "it needs augment.off_for_first and off_for_last below 1"),
+    ],
+)
+def test_a_setting_without_effect_beside_the_others_is_said(caplog, sets, said):
+    Recipe.from_dict({}, where="test", sets=sets)
+    found = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
+    assert len(found) == bool(said) and all(f"--set {sets[0].partition('=')[0]} has" in one for one in found)
+    assert all(said in one for one in found)
+
+
+def test_settings_that_need_others_are_keys_of_a_recipe():
+    recipe = Recipe.from_dict({}, where="test")
+    for need in NEEDS:
+        for section, key in (name.split(".") for name in need.keys):
+            assert hasattr(getattr(recipe, section), key)

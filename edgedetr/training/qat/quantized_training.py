@@ -100,12 +100,28 @@ def quantized_recipe(recipe: Recipe, images: int, sets: Iterable[str] = ()) -> R
         quant=replace(recipe.quant, observer=LEARNED, bias_correction=False),
     )
     found = Recipe.from_dict(tomllib.loads(changed.to_toml()), where="quantization-aware training", sets=sets)
+    _require_unchanged(found, changed)
     if found.quant.observer != LEARNED:
         raise UsageError(
             f"quant.observer is {found.quant.observer!r} for quantization-aware training, which learns the ranges; "
             "leave it out; to observe them afterwards: edgedetr export OUT --int8 --set quant.observer=mse"
         )
     return found
+
+
+# What a student is not trained with: its weights, its teacher and its layers are those of the bundle.
+FIXED = ("start", "accept_license", "teacher", "feature_teacher", "denoising", "drop_path", "freeze", "lora_rank")
+
+
+def _require_unchanged(found: Recipe, changed: Recipe) -> None:
+    """Errors: UsageError where `found` sets what the training does not read, compared with `changed`."""
+    keys = [f"train.{name}" for name in FIXED if getattr(found.train, name) != getattr(changed.train, name)]
+    keys += ["[model]"] if found.model != changed.model else []
+    if keys:
+        raise UsageError(
+            f"--set {keys[0]} beside --qat: quantization-aware training takes model and weights from the bundle, which "
+            "is also the teacher, and trains all of them; leave it out"
+        )
 
 
 @dataclass(frozen=True)

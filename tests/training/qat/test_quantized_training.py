@@ -170,6 +170,15 @@ def test_an_observer_is_refused_because_ranges_are_learned():
         quantized_recipe(Recipe.from_dict({}, where="test"), 100, ["quant.observer=mse"])
 
 
+@pytest.mark.parametrize(
+    "given", ["train.start=B", "train.teacher=T", "train.denoising=100", "train.lora_rank=4", "model.queries=50"]
+)
+def test_what_the_training_does_not_read_is_refused(given):
+    key = given.partition("=")[0].replace("model.queries", "[model]")
+    with pytest.raises(UsageError, match=re.escape(f"--set {key} beside --qat")):
+        quantized_recipe(Recipe.from_dict({}, where="test"), 100, [given])
+
+
 @pytest.mark.parametrize("bundles", ["detr"], indirect=True)
 def test_without_modelopt_the_package_to_install_is_named(bundles, tmp_path, monkeypatch):
     start, _ = bundles
