@@ -8,7 +8,7 @@ device without PyTorch can verify, and `import edgedetr` is quick. Arguments tha
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -337,10 +337,11 @@ def export(
         sets = (*sets, with_cures(opened, sets, cures))
     if not (known_cures or int8):
         raise UsageError("--no-cure leaves the INT8 files as they are quantized; add --int8")
+    _check_conflicts(sets, {"export.sampling": sampling, "export.dynamic_batch": dynamic_batch or None})
     if fp16 and sampling is None and not any(text.startswith("export.sampling=") for text in sets):
         sampling = "gather"
     chosen = settings(opened, sets) if sets else None  # a mistyped value is an error before anything is made
-    _check_search(int8, max_drop, target, search_images)
+    _check_search(int8, max_drop, target, search_images, threads)
     by_policy = any(text.startswith("quant.policy=") for text in sets)
     placement, note = placement_of(opened, "quant.policy was given" if by_policy else "") if int8 else (None, "")
     found = None
@@ -396,7 +397,17 @@ def _about_cures(bundle: Bundle) -> list[str]:
     return [f"{graph.file}: {line}" for graph in (INT8, INT8_CPU) for line in about_cures(bundle, graph.file)]
 
 
-def _check_search(int8: bool, max_drop: float | None, target: str | None, search_images: int | None) -> None:
+def _check_conflicts(sets: Iterable[str], options: Mapping[str, object]) -> None:
+    """Errors: UsageError where an option that is given (not None) and `sets` set one key."""
+    for key in (text.partition("=")[0].strip() for text in sets):
+        if options.get(key) is not None:
+            option = f"--{key.partition('.')[2].replace('_', '-')}"
+            raise UsageError(f"{option} and --set {key} both set {key}; keep one of them")
+
+
+def _check_search(
+    int8: bool, max_drop: float | None, target: str | None, search_images: int | None, threads: int | None
+) -> None:
     """Errors: UsageError for an unknown target, and for options that have no effect."""
     from edgedetr.artifacts import OPENVINO, ORT, TENSORRT
     from edgedetr.runtime.arguments import check_word
@@ -407,10 +418,11 @@ def _check_search(int8: bool, max_drop: float | None, target: str | None, search
         raise UsageError("--max-drop is a budget for INT8; add --int8")
     if target is not None and not int8:
         raise UsageError("--target names what the INT8 files are for; add --int8")
-    if search_images is not None and max_drop is None:
-        raise UsageError(
-            "--search-images is for a search within a budget; add --max-drop POINTS, for example --max-drop 0.5"
-        )
+    for name, value in (("--search-images", search_images), ("--threads", threads)):
+        if value is not None and max_drop is None:
+            raise UsageError(
+                f"{name} is for a search within a budget; add --max-drop POINTS, for example --max-drop 0.5"
+            )
 
 
 def _build_engines(
@@ -526,12 +538,14 @@ def sensitivity(
     from edgedetr.quantization.sensitivity import IMAGES
     from edgedetr.quantization.sensitivity import sensitivity as run
 
-    opened = Bundle.open(bundle)
+    opened, sets = Bundle.open(bundle), tuple(sets)
+    if others := [text for text in sets if text.strip().startswith("export.")]:
+        raise UsageError(f"--set {others[0]}: sensitivity measures model.onnx as it is; expected keys of quant")
     return run(
         opened,
         images=IMAGES if images is None else images,
         level=level,
         data=data,
-        config=settings(opened, tuple(sets)).quant,
+        config=settings(opened, sets).quant,
         progress=progress,
     )

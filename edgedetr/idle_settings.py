@@ -35,7 +35,7 @@ def _is_qat(recipe: Any) -> bool:
 
 NEEDS = (
     Need.of("train", "step_epochs", "train.schedule = 'step'", lambda r: r.train.schedule == "step"),
-    Need.of("train", "flat", "train.schedule = 'flat_cosine'", lambda r: r.train.schedule == "flat_cosine"),
+    Need.of("train", "flat", "train.schedule = 'flat_cosine'", lambda r: r.train.schedule in ("flat_cosine", "auto")),
     Need.of(
         "train",
         "final_lr_factor",

@@ -127,6 +127,25 @@ def test_wrong_words_exit_with_2(words, here, capsys):
     assert captured.out == ""
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("eval cells.bundle --stage torch --backend openvino", "--backend openvino: the detections of torch are read"),
+        ("eval cells.bundle --stage torch --threads 2", "--threads 2: the detections of torch are read"),
+        ("export cells.bundle --strict", "--strict is about engines"),
+        ("export cells.bundle --int8 --threads 2", "--threads is for a search within a budget"),
+        ("export cells.bundle --sampling gather --set export.sampling=grid_sample", "both set export.sampling"),
+        ("export cells.bundle --dynamic-batch --set export.dynamic_batch=false", "both set export.dynamic_batch"),
+        ("sensitivity cells.bundle --set export.sampling=gather", "expected keys of quant"),
+        ("models --published --pixels 128", "--pixels, --published and --check show different things"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(words, said, here, capsys):
+    empty_bundle(here / "cells.bundle")
+    assert app.run(words.split()) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["export"], ["verify"], ["eval"], ["bench"], ["report"], ["inspect"]])
 def test_without_a_bundle_the_command_that_makes_one_is_named(words, here, capsys):
     assert app.run(words) == 2

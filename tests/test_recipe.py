@@ -168,7 +168,8 @@ def test_an_older_and_a_newer_name_of_one_key_together_are_refused(tmp_path):
         (["train.vfl_alpha=0.5", "train.class_loss=focal"], "it needs the loss 'vfl'"),
         (["quant.percentile=99.9"], "it needs quant.observer = 'percentile'"),
         (["quant.percentile=99.9", "quant.observer=percentile"], ""),
-        (["train.flat=0.3"], "it needs train.schedule = 'flat_cosine'"),
+        (["train.flat=0.3"], ""),
+        (["train.flat=0.3", "train.schedule=cosine"], "it needs train.schedule = 'flat_cosine'"),
         (["augment.crop=0.9", "augment.off_for_last=1"], "it needs augment.off_for_first and off_for_last below 1"),
     ],
 )

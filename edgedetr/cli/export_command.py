@@ -19,7 +19,7 @@ from edgedetr.cli._options import (
     threads_option,
 )
 from edgedetr.cli._output import progress_bars, say, table
-from edgedetr.errors import PreparedNotFinished
+from edgedetr.errors import PreparedNotFinished, UsageError
 
 
 @command()
@@ -109,6 +109,8 @@ def export(
     code is then 4."""
     import edgedetr
 
+    if strict and not trt:
+        raise UsageError("--strict is about engines that cannot be built here; add --trt, or leave it out")
     with progress_bars() as progress:
         result = edgedetr.export(
             open_bundle(bundle),

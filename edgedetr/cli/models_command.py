@@ -14,10 +14,8 @@ from edgedetr.errors import NotWithinTolerance, UsageError
 @command()
 @click.option(
     "--pixels",
-    default=640,
-    show_default=True,
     type=click.IntRange(64, 4096),
-    help="Side of the image for which operations are counted, a multiple of 64.",
+    help="Side of the image for which operations are counted, a multiple of 64.  [default: 640]",
 )
 @click.option("--published", "list_published", is_flag=True, help="List published detectors to start a training from.")
 @click.option("--check", metavar="NAME", help="Evaluate a published detector, and compare its AP.")
@@ -31,7 +29,7 @@ from edgedetr.errors import NotWithinTolerance, UsageError
 @license_option
 @json_option
 def models(
-    pixels: int,
+    pixels: int | None,
     list_published: bool,
     check: str | None,
     data: Path | None,
@@ -42,6 +40,8 @@ def models(
     """List the models (paper, size, cost, queries), or the published detectors of them."""
     if check is None and (data is not None or split is not None or accept_license):
         raise UsageError("--data, --split and --accept-license are for --check NAME; add it, or leave them out")
+    if (pixels is not None) + list_published + (check is not None) > 1:
+        raise UsageError("--pixels, --published and --check show different things; give one of them")
     if check is not None:
         if data is None:
             raise UsageError("--check evaluates on images; add --data DIR, a folder of COCO with val2017")
@@ -49,7 +49,7 @@ def models(
     elif list_published:
         _published(as_json_)
     else:
-        _family(pixels, as_json_)
+        _family(pixels or 640, as_json_)
 
 
 def _published(as_json_: bool) -> None:

@@ -127,6 +127,12 @@ def evaluate_artifact(
     """Metrics of one artifact on a labeled split; "torch" ("reference" of an import) is read from reference.npz."""
     bundle = Bundle.open(bundle)
     if artifact in ("torch", "reference"):
+        for name, given in (("--backend", backend), ("--threads", threads)):
+            if given is not None:
+                raise UsageError(
+                    f"{name} {given}: the detections of {artifact} are read from {REFERENCE.file}, and nothing is run; "
+                    f"leave it out, or evaluate {ONNX.id}"
+                )
         reference = Reference.load(bundle.require(REFERENCE.file))
         if (split is not None and split != reference.split) or data is not None:
             _require_same_images(reference, GroundTruth.of(load_split(bundle, data, split), digests=True), bundle)

@@ -143,6 +143,8 @@ def load(
     if engines_only or (backend is None and (stage is None or not any(map(_on_cpu, on_files)))):
         detector, refused = _load_engine(bundle, stage, batch, trust)
         if detector is not None:
+            if threads is not None:
+                log.warning("%s: an engine runs on the GPU, where threads=%d has no effect", bundle.path, threads)
             return detector
         if engines_only:
             raise EngineError(
