@@ -161,6 +161,22 @@ ARTIFACTS: tuple[Artifact, ...] = (
         verified=(ORT, OPENVINO),
         benched=(ORT, OPENVINO),
     ),
+    INT8_PROFILED := Artifact(
+        "int8-profiled",
+        "model.int8-profiled.onnx",
+        "every group of layers in INT8, whose engine `edgedetr build --profile` times; it is never delivered",
+        "search",
+        EXPORT + " --int8 --max-drop POINTS --target tensorrt",
+        made_from=(ONNX.file,),
+    ),
+    PROFILE := Artifact(
+        "profile",
+        "results/profile.json",
+        "times of every layer of the TensorRT engines on the device, in FP16 and in INT8",
+        "profile",
+        "edgedetr build {path} --profile",
+        made_from=(FP16.file, INT8_PROFILED.file),
+    ),
     # Other quantizers; how each is called is in quantization/peers.
     _of_quantizer("modelopt", "INT8 by NVIDIA ModelOpt, entropy calibration", "tensorrt"),
     _of_quantizer("modelopt-max", "INT8 by NVIDIA ModelOpt, max calibration", "tensorrt"),

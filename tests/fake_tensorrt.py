@@ -20,7 +20,8 @@ import numpy as np
 import onnxruntime
 
 from edgedetr.runtime.tensorrt import engine_metadata, engine_validation, gpu
-from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata, LayerSummary
+from edgedetr.runtime.tensorrt.engine_layers import LayerSummary
+from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata
 from edgedetr.runtime.tensorrt.gpu import probe
 
 NUMPY = {
@@ -71,6 +72,7 @@ class Behavior:
                     "set_tensor_address", "execute", "capture"
     report          error text that a refused call leaves with the error recorder; "" leaves none
     batches         (least, usual, largest) batch of plans with an open batch
+    layers          layer -> milliseconds that each run reports to the profiler of its context
     shift           added to every float output of a run with more than one image, row by row (TensorRT issue 4813)
     """
 
@@ -81,6 +83,7 @@ class Behavior:
         self.report = "Internal error: a reason"
         self.batches = (1, 2, 4)
         self.shift = 0.0
+        self.layers: dict[str, float] = {}
         self.contexts = 0
         self.executed = 0
         self.location, self.layout = "DEVICE", "LINEAR"
@@ -159,6 +162,7 @@ class _Context:
         self.shapes = {name: engine.get_tensor_shape(name) for name in engine.tensors}
         self.addresses: dict[str, int] = {}
         self.error_recorder = None
+        self.profiler: Any = None
 
     def _refused(self, what: str) -> bool:
         if what in self.behavior.refuse:
@@ -189,6 +193,10 @@ class _Context:
         capturing = self.behavior.fake.capturing(stream_handle)
         if self._refused("capture" if capturing else "execute"):
             return False
+        if self.profiler is not None:
+            assert not capturing  # a graph's layers are not reported
+            for name, ms in self.behavior.layers.items():
+                self.profiler.report_layer_time(name, ms)
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         session, tensors, behavior = self.session, self.tensors, self.behavior
 

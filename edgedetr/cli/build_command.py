@@ -7,10 +7,13 @@ from pathlib import Path
 
 import click
 
-from edgedetr.artifacts import ENGINE_GRAPHS
+from edgedetr.artifacts import ENGINE_GRAPHS, PROFILE
+from edgedetr.bundle import Bundle
 from edgedetr.cli._options import Graph, advanced_option, bundle_argument, command, json_option, open_bundle, read_size
 from edgedetr.cli._output import as_json, progress_bars, say, table
 from edgedetr.errors import UsageError
+
+MOST_SHOWN = 10  # layers in the table of a profile
 
 
 def _batch_range(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int, int] | None:
@@ -59,6 +62,11 @@ def _batch_range(_: click.Context, __: click.Parameter, text: str | None) -> tup
     show_default=True,
     help="strong: the types of the graph; weak: TensorRT 10 chooses; auto: weak if strong fails.",
 )
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Time every layer in FP16 and in INT8 on this device, for `edgedetr export --max-drop AP --target tensorrt`.",
+)
 @click.option("--force", is_flag=True, help="Build again, even if the engine is up to date.")
 @json_option
 def build(
@@ -70,6 +78,7 @@ def build(
     workspace: int | None,
     optimization_level: int,
     typing: str,
+    profile: bool,
     force: bool,
     as_json_: bool,
 ) -> None:
@@ -80,6 +89,13 @@ def build(
     from edgedetr.runtime.tensorrt import build as engine
 
     opened = open_bundle(bundle)
+    if profile:
+        if precision or batch or dynamic or frame:
+            raise UsageError(
+                "--profile times FP16 and INT8 on one image; leave --precision, --batch, --dynamic and --frame out"
+            )
+        _profile(opened, workspace, optimization_level, typing, force, as_json_)
+        return
     if batch and dynamic:
         raise UsageError("--batch and --dynamic exclude each other: an engine takes one batch size or a range of them")
     present = tuple(one for one in ("fp16", "int8") if ENGINE_GRAPHS[one].file in opened.manifest.files)
@@ -130,3 +146,35 @@ def build(
     say(f"engines: {built[0].path.parent}\nnext: edgedetr verify {opened.path}")
     if as_json_:
         as_json([{"path": str(made.path), "made": made.made, **asdict(made.metadata)} for made in built])
+
+
+def _profile(
+    bundle: Bundle, workspace: int | None, optimization_level: int, typing: str, force: bool, as_json_: bool
+) -> None:
+    from edgedetr.runtime import jetson
+    from edgedetr.runtime.tensorrt.profiling import profile
+
+    with progress_bars() as progress:
+        found = profile(
+            bundle,
+            workspace_mb=workspace,
+            optimization_level=optimization_level,
+            typing=typing,
+            force=force,
+            progress=progress,
+        )
+    engines = found.float, found.int8
+    table(
+        ["engine of", "typing", "layers", "ms", "of it reformats"],
+        [[one.onnx, one.typing, len(one.layers), f"{one.ms:.3f}", f"{one.reformat_ms:.3f}"] for one in engines],
+    )
+    slowest = sorted(found.int8.layers, key=lambda layer: -layer.ms)[:MOST_SHOWN]
+    table(["slowest layers in INT8", "type", "ms"], [[one.name[:60], one.kind, f"{one.ms:.3f}"] for one in slowest])
+    for line in jetson.read().advice():
+        say(line)
+    say(
+        f"written: {bundle.path / PROFILE.file}\nnext, where the bundle is searched, with this file in it: "
+        f"edgedetr export {bundle.path.name} --int8 --max-drop POINTS --target tensorrt"
+    )
+    if as_json_:
+        as_json(found.to_json())

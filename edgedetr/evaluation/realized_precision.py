@@ -14,7 +14,7 @@ from edgedetr.runtime import onnx_bytes
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.kernels import Kernel
 from edgedetr.runtime.onnx_bytes import GraphNode, read
-from edgedetr.runtime.tensorrt import engine_metadata
+from edgedetr.runtime.tensorrt import engine_layers
 
 LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 # Nodes between DequantizeLinear and a layer that change the form of a tensor and not its values.
@@ -83,7 +83,7 @@ def realized_by_engine(graph: Path, layers: str) -> RealizedPrecision | None:
     Errors: BundleError, EngineError.
     """
     quantized = quantized_layers(onnx_bytes.nodes(read(graph)[0]))
-    return compare(quantized, engine_metadata.kernels(layers)) if quantized else None
+    return compare(quantized, engine_layers.kernels(layers)) if quantized else None
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,14 @@ def measure(
     return {name: Latency.of(values) for name, values in seconds.items()}
 
 
+def error_of_median(values: np.ndarray) -> float:
+    """Standard error of the median, from the median absolute deviation (both are robust against a disturbed run)."""
+    if not len(values):
+        return float("inf")
+    deviation = 1.4826 * float(np.median(np.abs(values - np.median(values))))
+    return 1.2533 * deviation / float(np.sqrt(len(values)))
+
+
 def drift(seconds: Sequence[float]) -> float:
     """Median of the last third over the median of the first: 1 on a steady machine, more where it slows down."""
     third = max(1, len(seconds) // 3)

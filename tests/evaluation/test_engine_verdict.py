@@ -25,7 +25,7 @@ from edgedetr.evaluation.verify import verify
 from edgedetr.runtime import load
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.tensorrt import select
-from edgedetr.runtime.tensorrt.engine_metadata import LayerSummary
+from edgedetr.runtime.tensorrt.engine_layers import LayerSummary
 from edgedetr.runtime.tensorrt.trt_runner import TrtRunner
 
 GOOD, BAD = (6.0, 6.0), (0.2, 6.0)  # how much query 0 likes red and blue

@@ -107,7 +107,8 @@ def _engine(folder: Path) -> None:
 def _engine_seeds() -> list[bytes]:
     from dataclasses import asdict
 
-    from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata, LayerSummary
+    from edgedetr.runtime.tensorrt.engine_layers import LayerSummary
+    from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata
 
     made = EngineMetadata(
         "e.plan",
@@ -131,7 +132,7 @@ def _engine_seeds() -> list[bytes]:
 
 
 def _layers(folder: Path) -> None:
-    from edgedetr.runtime.tensorrt.engine_metadata import summarize_layers
+    from edgedetr.runtime.tensorrt.engine_layers import summarize_layers
 
     summarize_layers((folder / "layers.json").read_bytes().decode("utf-8", "replace"))
 

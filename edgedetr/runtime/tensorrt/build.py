@@ -26,6 +26,7 @@ from edgedetr.runtime import jetson, onnx_bytes
 from edgedetr.runtime.arguments import check_count, check_word, is_whole
 from edgedetr.runtime.onnx_bytes import OnnxFacts
 from edgedetr.runtime.tensorrt import engine_cache, engine_metadata, engine_validation, gpu, known_issues
+from edgedetr.runtime.tensorrt.engine_layers import summarize_layers
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata
 from edgedetr.runtime.tensorrt.gpu import Device, make_logger, tensorrt, version
 
@@ -82,7 +83,7 @@ def build(
         frame = check_size(frame, "frame")
     check_count(workspace_mb, "workspace_mb")
     bundle = Bundle.open(bundle)
-    trt = _tensorrt_for(bundle)
+    trt = tensorrt_for(bundle)
     device = gpu.probe()
     graph = ENGINE_GRAPHS[precision]
     name = graph.file if frame is None else FrameGraph(graph, *frame).file
@@ -144,7 +145,7 @@ def build(
             arguments=arguments,
             typing=serialized.typing,
             seconds=round(serialized.seconds, 1),
-            layers=engine_metadata.summarize_layers(serialized.layers),
+            layers=summarize_layers(serialized.layers),
             warnings=warnings,
         )
         _publish(plan, serialized, metadata)
@@ -191,15 +192,18 @@ def _kept(plan: Path, device: Device, version: str, digest: str) -> BuiltEngine 
     return BuiltEngine(plan, metadata, False) if metadata is not None else None
 
 
-def _tensorrt_for(bundle: Bundle) -> Any:
-    """The module tensorrt. Errors: MissingDependency that tells to copy the bundle to the device."""
+def tensorrt_for(bundle: Bundle, options: str = "") -> Any:
+    """The module tensorrt. Errors: MissingDependency that tells to copy the bundle to the device.
+
+    options   of the command that the message names
+    """
     try:
         return tensorrt()
     except MissingDependency as error:
         where = shlex.quote(str(bundle.path))
         raise MissingDependency(
             f"{error}; engines are built on the device that runs them: copy {where} there and run: "
-            f"edgedetr build {where}"
+            f"edgedetr build {where}{f' {options}' if options else ''}"
         ) from error
 
 

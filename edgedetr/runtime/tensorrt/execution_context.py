@@ -129,6 +129,12 @@ class ContextSlot:
         self._raise_reported("running the engine")
         return {p.name: np.array(self.buffers[p.name].array(self.shapes[p.name], p.dtype)) for p in outputs}
 
+    def report(self, profiler: Any) -> None:
+        """Let TensorRT report the time of every layer to a profiler, before `execute_async_v3` returns."""
+        if self.use_graph:
+            raise ValueError("a CUDA graph reports no layers; expected use_graph=False")
+        self.context.profiler = profiler
+
     def _reshape(self, shapes: dict[str, tuple[int, ...]]) -> None:
         if all(self.shapes[name] == shape for name, shape in shapes.items()):
             return

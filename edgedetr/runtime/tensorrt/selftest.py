@@ -15,8 +15,9 @@ import numpy as np
 from edgedetr.errors import DeviceError, EngineError
 from edgedetr.progress import Progress
 from edgedetr.runtime.sqnr import sqnr_db
-from edgedetr.runtime.tensorrt import build, engine_metadata
+from edgedetr.runtime.tensorrt import build
 from edgedetr.runtime.tensorrt.cudart import Cuda
+from edgedetr.runtime.tensorrt.engine_layers import summarize_layers
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
 from edgedetr.runtime.tensorrt.gpu import Device, probe, tensorrt
 from edgedetr.runtime.tensorrt.trt_runner import Session
@@ -135,7 +136,7 @@ def _try(tested: SelfTestModel, device: Device) -> SelfTestResult:
             graph = session.graphs > 0
     except (DeviceError, EngineError) as error:  # a failure of one model does not stop the others
         return outcome(False, str(error))
-    share = engine_metadata.summarize_layers(engine.layers).fraction(tested.precision)
+    share = summarize_layers(engine.layers).fraction(tested.precision)
     ratios = [_decibels(expected, y) for y in found]
     problems = []
     if min(ratios) < tested.floor_db:

@@ -113,6 +113,13 @@ class Session:
             raise UsageError(f"{self.what} has been closed")
         return slot
 
+    def report(self, profiler: Any) -> None:
+        """Report the time of every layer of this thread's runs to a profiler of TensorRT, an IProfiler.
+
+        A CUDA graph reports nothing, so the session must be one without (use_graph=False).
+        """
+        self._slot().report(profiler)
+
     @property
     def graphs(self) -> int:
         """How many threads run this engine as a CUDA graph now."""
@@ -210,6 +217,11 @@ class TrtFrameRunner:
 
     def close(self) -> None:
         self.session.close()
+
+
+def open_engine(path: Path, *, use_graph: bool, onnx_sha256: str) -> Session:
+    """A plan that was built here, checked as for TrtRunner."""
+    return _open(path, use_graph, False, onnx_sha256)[0]
 
 
 def _open(path: Path, use_graph: bool, trust: bool, onnx_sha256: str | None) -> tuple[Session, EngineMetadata | None]:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from edgedetr.errors import EngineError
-from edgedetr.runtime.tensorrt.engine_metadata import LayerSummary, summarize_layers
+from edgedetr.runtime.tensorrt.engine_layers import LayerSummary, summarize_layers
 
 # (layer type, name, datatype of the first input as 10.x words it, as 11.x words it)
 LAYERS = [

@@ -12,7 +12,8 @@ import pytest
 
 from edgedetr.errors import EngineError
 from edgedetr.runtime.tensorrt import engine_metadata
-from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata, LayerSummary
+from edgedetr.runtime.tensorrt.engine_layers import LayerSummary
+from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata
 from edgedetr.runtime.tensorrt.gpu import Device
 
 ORIN = Device("Orin (nvgpu)", 87, 8 << 30, True, "12.6", "12.6")

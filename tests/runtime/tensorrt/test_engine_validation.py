@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from edgedetr.errors import EngineError
 from edgedetr.runtime import jetson
 from edgedetr.runtime.tensorrt import engine_metadata, engine_validation
-from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata, LayerSummary
+from edgedetr.runtime.tensorrt.engine_layers import LayerSummary
+from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata
 from edgedetr.runtime.tensorrt.gpu import Device
 
 ORIN = Device("Orin", 87, 8 << 30, True, "12.6", "12.6")

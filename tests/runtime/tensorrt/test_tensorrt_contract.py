@@ -17,7 +17,10 @@ SOURCES = sorted(
     path for path in RUNTIME.glob("*.py") if path.name in GIVEN or "trt." in path.read_text(encoding="utf-8")
 )
 # Names that are not in all versions, and why that is right. Flags asked for by hasattr and getattr need no entry.
-EXEMPT = {"trt.IErrorRecorder.take": "our recorder's own method, which only we call"}
+EXEMPT = {
+    "trt.IErrorRecorder.take": "our recorder's own method, which only we call",
+    "trt.IProfiler.take": "our profiler's own method, which only we call",
+}
 
 # What the builder and the runner cannot do without: if these were not found, the collector would have gone blind.
 ESSENTIAL = {
@@ -45,7 +48,12 @@ ESSENTIAL = {
         "trt.ICudaEngine.get_tensor_mode",
         "trt.TensorIOMode.INPUT",
     },
-    "execution_context.py": {"trt.IExecutionContext.execute_async_v3", "trt.IExecutionContext.set_tensor_address"},
+    "execution_context.py": {
+        "trt.IExecutionContext.execute_async_v3",
+        "trt.IExecutionContext.set_tensor_address",
+        "trt.IExecutionContext.profiler",
+    },
+    "profiling.py": {"trt.IProfiler.report_layer_time"},
 }
 
 
