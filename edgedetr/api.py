@@ -326,7 +326,8 @@ def export(
     from edgedetr.exporting.settings import record, settings, with_cures
     from edgedetr.quantization.placement import placement_of
 
-    opened, sets, fp16 = Bundle.open(bundle), tuple(sets), fp16 or engines
+    # A search for TensorRT compares with FP16, and a profile of the device times it.
+    opened, sets, fp16 = Bundle.open(bundle), tuple(sets), fp16 or engines or target == "tensorrt"
     if calib is not None and not (int8 or fp16):
         raise UsageError("--calib names images for FP16 and INT8; add --int8, --fp16 or --trt")
     if cures := tuple(cures):
@@ -350,6 +351,8 @@ def export(
 
         run(
             opened,
+            fp16=fp16,
+            calib=None if calib is None else Path(calib),
             sampling=sampling,
             dynamic_batch=dynamic_batch,
             config=chosen.export if chosen else None,

@@ -1,17 +1,15 @@
 """What each group costs in float and in INT8 on a target, and what it costs to convert between two groups.
 
 Measured where the target's library runs here: the float graph and the graph with every group in INT8 are profiled in
-turns, and the time of each kernel goes to the group that it belongs to. A backend fuses, so a kernel is found by the
-node it is named after, or by the nodes before it up to a group: bias, activation, residual sum, Q/DQ. For TensorRT the
-costs follow from multiply-accumulates, which is a model and no measurement.
+turns, and the time of each kernel goes to the group that it belongs to. For TensorRT, a profile from the device has the
+same (device_costs.py); without one the costs follow from multiply-accumulates, which is a model and no measurement.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -20,21 +18,22 @@ from edgedetr.artifacts import OPENVINO, ORT
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.progress import Progress
 from edgedetr.quantization.groups import Group
+from edgedetr.quantization.search.conversions import ConversionTime, edges_between, elements_of
 from edgedetr.quantization.search.front import Choice, Edge
 from edgedetr.quantization.search.kernel_times import KernelTime, kernel_times
-
-log = logging.getLogger(__name__)
+from edgedetr.quantization.search.owners import PAIR, shares_of
+from edgedetr.runtime.latency import error_of_median
 
 ROUNDS = 20  # runs of each graph in one turn of profiling
 MOST_ROUNDS = 200
 STEADY = 0.02  # profiling ends when twice the error of the whole gain is below this share of the float time
 SIGMAS = 2.0  # by how many standard errors a group's gain is discounted: what is not faster beyond noise stays float
-BACK = 6  # nodes that are followed from a kernel's node back to its group: DQ, bias, activation (two for SiLU), sum, Q
 # A model for TensorRT: products of 8 bits take half the time of FP16, and a conversion reads and writes each element.
 # Only the ratio matters: 20 multiply-accumulates in the time of one byte (Orin: 5 to 21 x 10^12 of FP16 a second, 102
 # to 205 GB/s, of which kernels reach a fraction).
 MACS_PER_BYTE = 20.0
-_PASSES = ("Relu", "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
+# Without a conversion in a profile: a byte read and four written at 10 GB/s, a slow core's share of a memory bus.
+CPU_CONVERSION = ConversionTime(0.0, 5e-7)
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,14 @@ class GroupCost:
 
 
 @dataclass(frozen=True)
+class Change:
+    """Predicted time of a placement minus that of the float graph, and its standard error, milliseconds."""
+
+    ms: float
+    error_ms: float
+
+
+@dataclass(frozen=True)
 class Costs:
     """The costs of all groups on one target.
 
@@ -60,6 +67,8 @@ class Costs:
     groups   {group id: cost}
     edges    penalties in milliseconds between groups of unequal precision
     float_ms, rest_ms   the whole float graph, and what of it belongs to no group
+    float_conversion_ms, int8_conversion_ms   what of the float graph, and of the graph with every group in INT8, only
+                        converts types or layouts; it is in the costs of its group too, if it has one
     """
 
     target: str
@@ -69,10 +78,24 @@ class Costs:
     edges: tuple[Edge, ...]
     float_ms: float
     rest_ms: float
+    float_conversion_ms: float = 0.0
+    int8_conversion_ms: float = 0.0
 
     def choices(self, distances: Mapping[str, float]) -> dict[str, Choice]:
         """What the solver takes: {group id: gain and distance} of the groups that have a distance."""
         return {name: Choice(self.groups[name].gain_ms, distance) for name, distance in distances.items()}
+
+    def change(self, int8: Iterable[str]) -> Change:
+        """What a placement is predicted to save or cost, without the discount that each group has for the solver.
+
+        The groups' errors are independent, so their squares add up: 70 discounts of a hundredth of a millisecond would
+        hide a gain of half a millisecond that is known to a tenth of that.
+        """
+        chosen = set(int8)
+        costs = [self.groups[name] for name in chosen]
+        converted = sum(edge.penalty for edge in self.edges if (edge.first in chosen) != (edge.second in chosen))
+        saved = sum(cost.int8_ms - cost.float_ms for cost in costs)
+        return Change(saved + converted, sqrt(sum(cost.sigma_ms**2 for cost in costs)))
 
     def worth_trying(self) -> tuple[str, ...]:
         """Groups that can be faster in INT8 beyond noise, if their neighbors are INT8 too; the others stay float."""
@@ -89,6 +112,57 @@ class Costs:
     def from_json(cls, raw: Mapping[str, Any]) -> Costs:
         groups = {name: GroupCost(**cost) for name, cost in raw["groups"].items()}
         return cls(**{**raw, "groups": groups, "edges": tuple(Edge(**edge) for edge in raw["edges"])})
+
+
+def modelled_costs(
+    graph: GraphIndex, groups: Sequence[Group], quantized: Mapping[str, Sequence[str]], target: str
+) -> Costs:
+    """Costs by multiply-accumulates, in units of a million of them per millisecond: not a measurement."""
+    costs = {group.id: GroupCost(group.macs / 1e6, group.macs / 2e6, 0.0) for group in groups}
+    edges = edges_between(graph, groups, quantized, lambda t: 3 * MACS_PER_BYTE * elements_of(graph, t) / 1e6, set())
+    total = sum(cost.float_ms for cost in costs.values())
+    source = "a model by multiply-accumulates, no measurement"
+    return Costs(target, source, False, costs, edges, total, 0.0)
+
+
+# ----------------------------------------------------------------------------------------------- from kernels to groups
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One kernel of one graph.
+
+    shares     {group id: share of its time}; what is left over belongs to no group
+    ms         median of its runs
+    error_ms   standard error of the median
+    """
+
+    shares: Mapping[str, float]
+    ms: float
+    error_ms: float
+
+
+def group_costs(groups: Sequence[Group], floats: Sequence[Timed], integers: Sequence[Timed]) -> dict[str, GroupCost]:
+    """The cost of each group from the kernels of the float graph and of the graph with every group in INT8.
+
+    Sums of the kernels' medians, not the median of sums: in a run that is disturbed anywhere, most kernels are not.
+    """
+    times = {group.id: [0.0, 0.0] for group in groups}
+    variance = dict.fromkeys(times, 0.0)
+    for index, kernels in enumerate((floats, integers)):
+        for kernel in kernels:
+            for name, share in kernel.shares.items():
+                times[name][index] += share * kernel.ms
+                variance[name] += (share * kernel.error_ms) ** 2
+    return {name: GroupCost(before, after, sqrt(variance[name])) for name, (before, after) in times.items()}
+
+
+def ungrouped_ms(kernels: Sequence[Timed]) -> float:
+    """Milliseconds of a graph that belong to no group."""
+    return sum(kernel.ms * (1 - sum(kernel.shares.values())) for kernel in kernels)
+
+
+# --------------------------------------------------------------------------------------------- profiles that run here
 
 
 def measured_costs(
@@ -111,7 +185,7 @@ def measured_costs(
     quantized   {tensor that is quantized there: names of the nodes that read it dequantized}
     images      [1, 3, H, W]
     """
-    owner = owner_of(graph, groups)
+    shares = shares_of(graph, groups)
     parts: dict[str, list[list[KernelTime]]] = {"float": [], "int8": []}
     for done in range(0, rounds, ROUNDS):
         if progress:
@@ -119,174 +193,53 @@ def measured_costs(
         turn = kernel_times({"float": float_model, "int8": int8_model}, backend, images, ROUNDS, threads=threads)
         for name, kernels in turn.items():
             parts[name].append(kernels)
-        floats, integers = (_by_group(parts[name], owner, groups) for name in ("float", "int8"))
-        # Sums of medians: a run that was disturbed anywhere would count as a whole.
-        total = float(sum(np.median(times) for times in floats.values()))
-        error = float(np.sqrt(sum(error_of_median(integers[name] - floats[name]) ** 2 for name in floats)))
+        floats, integers = (_timed(_joined(parts[name]), shares) for name in ("float", "int8"))
+        total = sum(kernel.ms for kernel in floats)
+        error = sqrt(sum(kernel.error_ms**2 for kernel in (*floats, *integers)))
         if SIGMAS * error < STEADY * total:
             break
     if progress:
         progress("profile", rounds, rounds)
-    costs = {
-        group.id: GroupCost(
-            float(np.median(floats[group.id])) * 1e3,
-            float(np.median(floats[group.id]) + np.median(integers[group.id] - floats[group.id])) * 1e3,
-            error_of_median(integers[group.id] - floats[group.id]) * 1e3,
-        )
-        for group in groups
-    }
-    rate, converted = _conversions(parts["int8"], graph)
-    edges = edges_between(graph, groups, quantized, lambda tensor: rate * _elements(graph, tensor) * 1e3, converted)
+    before, after = (_conversions(_joined(parts[name]), graph) for name in ("float", "int8"))
+    each = ConversionTime.fitted([(elements_of(graph, t), ms) for t, ms in after], CPU_CONVERSION)
+    converted = {tensor for tensor, _ in after}
+    edges = edges_between(graph, groups, quantized, lambda t: each.of(elements_of(graph, t)), converted)
     library = {ORT: "ONNX Runtime", OPENVINO: "OpenVINO"}[backend]
-    runs = len(next(iter(floats.values()))) if floats else 0
     return Costs(
         backend,
-        f"profile of {library}, {runs} runs of each graph in turns",
+        f"profile of {library}, {ROUNDS * len(parts['float'])} runs of each graph in turns",
         True,
-        costs,
+        group_costs(groups, floats, integers),
         edges,
-        total * 1e3,
-        float(np.median(floats[""])) * 1e3,
+        total,
+        ungrouped_ms(floats),
+        sum(ms for _, ms in before),
+        sum(ms for _, ms in after),
     )
 
 
-def modelled_costs(
-    graph: GraphIndex, groups: Sequence[Group], quantized: Mapping[str, Sequence[str]], target: str
-) -> Costs:
-    """Costs by multiply-accumulates, in units of a million of them per millisecond: not a measurement."""
-    costs = {group.id: GroupCost(group.macs / 1e6, group.macs / 2e6, 0.0) for group in groups}
-    edges = edges_between(graph, groups, quantized, lambda t: 3 * MACS_PER_BYTE * _elements(graph, t) / 1e6, set())
-    total = sum(cost.float_ms for cost in costs.values())
-    source = "a model by multiply-accumulates, no measurement"
-    return Costs(target, source, False, costs, edges, total, 0.0)
+def _joined(turns: Sequence[Sequence[KernelTime]]) -> list[KernelTime]:
+    """The kernels of several turns of profiling with the runs of all of them."""
+    found: dict[tuple[str, tuple[str, ...]], list[np.ndarray]] = {}
+    for kernel in (kernel for turn in turns for kernel in turn):
+        found.setdefault((kernel.operator, kernel.names), []).append(kernel.seconds)
+    return [KernelTime(*key, np.concatenate(seconds)) for key, seconds in found.items()]
 
 
-# ---------------------------------------------------------------------------------------------- from kernels to groups
+def _timed(kernels: Sequence[KernelTime], shares: Callable[[Iterable[str]], dict[str, float]]) -> list[Timed]:
+    return [
+        Timed(shares(kernel.names), float(np.median(kernel.seconds)) * 1e3, error_of_median(kernel.seconds) * 1e3)
+        for kernel in kernels
+    ]
 
 
-def owner_of(graph: GraphIndex, groups: Sequence[Group]) -> Callable[[str], str]:
-    """A function from the name of a node or tensor to the id of the group that it belongs to; "" for none."""
-    by_node = {node: group.id for group in groups for node in group.nodes}
-    found: dict[str, str] = {}
-
-    def owner(name: str) -> str:
-        if name not in found:
-            found[name] = _own_name(name, by_node) or _upstream(name, graph, by_node)
-        return found[name]
-
-    return owner
-
-
-def _own_name(name: str, by_node: Mapping[str, str]) -> str:
-    """The group of the node that a name is, or begins with: a fused kernel adds to the name of its first node."""
-    while name:
-        if name in by_node:
-            return by_node[name]
-        cut = max(name.rfind("/"), name.rfind("."), name.rfind("_"))
-        name = name[:cut] if cut > 0 else ""
-    return ""
-
-
-def _upstream(name: str, graph: GraphIndex, by_node: Mapping[str, str]) -> str:
-    """The group before a node or tensor, at most BACK nodes away, with no other computed branch to choose from."""
-    node = graph.node_by_name.get(name) or graph.producers.get(name)
-    if node is None:  # a Q or DQ node: its tensor's name and a suffix
-        for suffix in ("_QuantizeLinear", "_DequantizeLinear", "_quantized", "_dequantized"):
-            if name.endswith(suffix):
-                node = graph.producers.get(name.removesuffix(suffix))
-    for _ in range(BACK):
-        if node is None or node.op_type in ("Concat", "Split", "Gather", "Softmax", "LayerNormalization"):
-            return ""
-        if node.name in by_node:
-            return by_node[node.name]
-        inputs = [graph.producers[tensor] for tensor in node.input if tensor in graph.producers]
-        inputs.sort(key=lambda before: graph.order.get(before.output[0], -1))
-        node = inputs[-1] if inputs else None  # of a residual sum: the later branch, into whose kernel it goes
-    return ""
-
-
-def _by_group(
-    parts: Sequence[Sequence[KernelTime]], owner: Callable[[str], str], groups: Sequence[Group]
-) -> dict[str, np.ndarray]:
-    """{group id, "" = no group: [R] seconds of each run}, over several turns of profiling."""
-    turns = []
-    for kernels in parts:
-        runs = len(kernels[0].seconds) if kernels else 0
-        turn = {name: np.zeros(runs) for name in ("", *(group.id for group in groups))}
-        for kernel in kernels:
-            name = next(filter(None, map(owner, kernel.names)), "")
-            turn[name] = turn[name] + kernel.seconds
-        turns.append(turn)
-    return {name: np.concatenate([turn[name] for turn in turns]) for name in turns[0]}
-
-
-def error_of_median(differences: np.ndarray) -> float:
-    """Standard error of the median, from the median absolute deviation (both are robust against a disturbed run)."""
-    if not len(differences):
-        return float("inf")
-    deviation = 1.4826 * float(np.median(np.abs(differences - np.median(differences))))
-    return 1.2533 * deviation / float(np.sqrt(len(differences)))
-
-
-# --------------------------------------------------------------------------------------------------------- conversions
-
-
-def edges_between(
-    graph: GraphIndex,
-    groups: Sequence[Group],
-    quantized: Mapping[str, Sequence[str]],
-    cost: Callable[[str], float],
-    converted: set[str],
-) -> tuple[Edge, ...]:
-    """Pairs of groups between which a tensor goes as integers if both are INT8, with the cost where one is float.
-
-    quantized   {tensor: nodes that read it dequantized}, where all groups are INT8
-    cost        of converting a tensor
-    converted   tensors that are converted even if all groups are INT8: their time is in the groups' own
-    """
-    by_node = {node: group.id for group in groups for node in group.nodes}
-    found: dict[tuple[str, str], float] = {}
-    for tensor, readers in quantized.items():
-        producer = _maker(tensor, graph, by_node)
-        if not producer or tensor in converted:
-            continue
-        others = {by_node[reader] for reader in readers if reader in by_node} - {producer}
-        for other in sorted(others):
-            # Several readers share one conversion where the producer is the odd one out; each pays a part.
-            found[producer, other] = found.get((producer, other), 0.0) + cost(tensor) / len(others)
-    return tuple(Edge(first, second, penalty) for (first, second), penalty in found.items() if penalty > 0)
-
-
-def _maker(tensor: str, graph: GraphIndex, by_node: Mapping[str, str]) -> str:
-    """The group whose kernel can write a tensor as integers: through operators that leave values as they are."""
-    node = graph.producers.get(tensor)
-    while node is not None and node.name not in by_node:
-        node = graph.producers.get(node.input[0]) if node.op_type in _PASSES else _summed(node, graph, by_node)
-    return by_node[node.name] if node is not None else ""
-
-
-def _summed(node: Any, graph: GraphIndex, by_node: Mapping[str, str]) -> Any:
-    """Of a residual sum, the convolution into whose kernel it goes; None for another node."""
-    if node.op_type != "Add":
-        return None
-    makers = [graph.producers[name] for name in node.input if name in graph.producers]
-    return next((maker for maker in reversed(makers) if maker.op_type == "Conv" and maker.name in by_node), None)
-
-
-def _conversions(parts: Sequence[Sequence[KernelTime]], graph: GraphIndex) -> tuple[float, set[str]]:
-    """(seconds of converting one element, tensors that kernels convert), from profiles of the graph in INT8."""
-    seconds, elements, tensors = 0.0, 0, set[str]()
-    for kernel in parts[-1]:
-        name = next((n for n in kernel.names if n.endswith(("_QuantizeLinear", "_DequantizeLinear"))), "")
-        tensor = name.removesuffix("_QuantizeLinear").removesuffix("_DequantizeLinear")
-        size = _elements(graph, tensor) if name else 0
-        if size:
-            tensors.add(tensor)
-            seconds += float(np.median(kernel.seconds))
-            elements += size
-    # Without one such kernel: a byte read and four written at 10 GB/s, a slow core's share of a memory bus.
-    return (seconds / elements if elements else 5e-10), tensors
-
-
-def _elements(graph: GraphIndex, tensor: str) -> int:
-    return prod(size or 1 for size in graph.shape(tensor) or [0])
+def _conversions(kernels: Sequence[KernelTime], graph: GraphIndex) -> list[tuple[str, float]]:
+    """(tensor, milliseconds) of the kernels that only convert a tensor to integers or back."""
+    found = []
+    for kernel in kernels:
+        name = next((name for name in kernel.names if name.endswith(PAIR)), "")
+        for suffix in PAIR:
+            name = name.removesuffix(suffix)
+        if name and elements_of(graph, name):
+            found.append((name, float(np.median(kernel.seconds)) * 1e3))
+    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -31,6 +31,14 @@ from edgedetr.quantization.placement import Placement
 from edgedetr.quantization.policy import load_policy
 from edgedetr.quantization.search import costs as costing
 from edgedetr.quantization.search.costs import Costs
+from edgedetr.quantization.search.decisions import (
+    expected_start,
+    in_order_of_risk,
+    placed,
+    predicted_latency,
+    rank_correlation,
+)
+from edgedetr.quantization.search.device_costs import device_costs, profile_command, read_profile
 from edgedetr.quantization.search.front import front
 from edgedetr.quantization.search.image_sets import ImageSets, image_sets
 from edgedetr.quantization.search.search_report import Candidate, SearchReport
@@ -38,7 +46,7 @@ from edgedetr.quantization.search.search_state import SearchState
 from edgedetr.quantization.search.sequential import LookResult, certify
 from edgedetr.quantization.search.workbench import TARGETS, Workbench, placement_key
 from edgedetr.runtime.backends.base import Runner
-from edgedetr.runtime.latency import rotated
+from edgedetr.runtime.latency import error_of_median, rotated
 from edgedetr.runtime.postprocess import Detections
 
 log = logging.getLogger(__name__)
@@ -48,7 +56,6 @@ ROUNDS, MOST_ROUNDS, STEADY = 20, 100, 0.01  # timing a candidate: until twice i
 RANDOM = 4  # random placements that check whether distances of single groups add up
 SENSITIVE = 10  # groups for which a second observer is tried
 BETTER = 0.9  # of the distance, at most, with an observer that replaces quant.observer: less is chance
-EXPECTED_SHARE = 0.5  # verification begins at the fastest placement expected to lose no more of the budget than this
 CHUNK = 32  # verify images whose detections are kept together: an interruption repeats no more
 LEAST_AP = 1.0  # points; as for verify, a model below it has nothing to lose
 
@@ -116,11 +123,11 @@ class _Search:
         observers = self._better_observers(distances)
         points = front(costs.choices(distances), [e for e in costs.edges if {e.first, e.second} <= distances.keys()])
         candidates = [
-            Candidate(f"front {n + 1}", placed(point.int8, observers), point.gain, point.distance)
+            Candidate(f"front {n + 1}", placed(point.int8, observers), costs.change(point.int8).ms, point.distance)
             for n, point in enumerate(points)
         ]
         candidates.append(self._default(costs, distances))
-        candidates = [self._measured(candidate) for candidate in candidates]
+        candidates = [self._measured(candidate, costs) for candidate in candidates]
         report = SearchReport(
             target=bench.target.name,
             budget=self.budget,
@@ -152,7 +159,7 @@ class _Search:
     def _costs(self) -> Costs:
         bench = self.bench
         if not bench.target.here:
-            return costing.modelled_costs(bench.graph, bench.groups, bench.quantized_readers(), bench.target.name)
+            return self._costs_elsewhere()
 
         def make() -> dict[str, object]:
             return costing.measured_costs(
@@ -168,6 +175,20 @@ class _Search:
             ).to_json()
 
         return Costs.from_json(bench.state.value(["costs", bench.target.name, bench.threads], make))
+
+    def _costs_elsewhere(self) -> Costs:
+        """Of a target that is not here: from the profile of a device, else from a model, with what to run for one."""
+        bench = self.bench
+        bench.write_profiled_graph()
+        profile = read_profile(bench.bundle)
+        if profile is not None:
+            return device_costs(bench.graph, bench.groups, bench.quantized_readers(), profile)
+        log.warning(
+            "no times from a device: placements are compared by multiply-accumulates; for measured times %s, then run "
+            "this command again, which keeps what it has measured here",
+            profile_command(bench.bundle),
+        )
+        return costing.modelled_costs(bench.graph, bench.groups, bench.quantized_readers(), bench.target.name)
 
     def _distances(self, placements: Sequence[Placement]) -> list[float]:
         """Mean distance of each placement's detections from the float graph's on the search images."""
@@ -206,24 +227,23 @@ class _Search:
     def _default(self, costs: Costs, distances: dict[str, float]) -> Candidate:
         """What the policy chooses, as one more candidate: the search must not end below it."""
         placement = Placement.of_policy(self.bench.groups)
-        gain = sum(costs.groups[name].gain_ms for name in placement.int8)
-        chosen = set(placement.int8)
-        gain += sum(edge.penalty for edge in costs.edges if (edge.first in chosen) != (edge.second in chosen))
-        return Candidate("policy", placement, gain, sum(distances.get(name, 0.0) for name in placement.int8))
+        distance = sum(distances.get(name, 0.0) for name in placement.int8)
+        return Candidate("policy", placement, costs.change(placement.int8).ms, distance)
 
-    def _measured(self, candidate: Candidate) -> Candidate:
+    def _measured(self, candidate: Candidate, costs: Costs) -> Candidate:
         """A candidate with its latency, and with its distance and AP drop on the search images."""
         bench = self.bench
         key = placement_key(candidate.placement, bench.target.name)
-        times = bench.state.value(["latency", key, bench.threads], lambda: self._latency(candidate))
+        if bench.target.here:
+            times = bench.state.value(["latency", key, bench.threads], lambda: self._latency(candidate))
+        else:
+            times = predicted_latency(candidate.placement, costs)
         compared = bench.state.value(["compared", key], lambda: self._compared(candidate))
         return replace(candidate, **times, **compared)
 
     def _latency(self, candidate: Candidate) -> dict[str, float]:
         """Milliseconds of the float graph and of the candidate, in turns, and the error of their difference."""
         bench = self.bench
-        if not bench.target.here:  # predicted: the cost model's
-            return {"float_ms": 0.0, "int8_ms": candidate.predicted_ms, "error_ms": 0.0}
         runners = [bench.open(bench.graph.model), bench.open_file(bench.candidate_graph(candidate.placement))]
         batch = bench.search_batches[0]
         # One thread: the time of the CPU, which other processes disturb less.
@@ -343,42 +363,6 @@ class _Search:
         return report
 
 
-# ------------------------------------------------------------------------------------------------------------ decisions
-
-
-def placed(int8: tuple[str, ...], observers: Mapping[str, str]) -> Placement:
-    return Placement(int8, {name: observers[name] for name in int8 if name in observers})
-
-
-def in_order_of_risk(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that are faster than every one with less distance, the least distance first."""
-    kept: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.distance or 0.0, c.int8_ms)):
-        if not kept or candidate.int8_ms < kept[-1].int8_ms:
-            kept.append(candidate)
-    return kept
-
-
-def expected_start(order: Sequence[Candidate], budget: float, slope: float) -> int:
-    """Position of the fastest candidate that is expected to lose at most EXPECTED_SHARE of the budget; 0 if none."""
-    fitting = [n for n, c in enumerate(order) if slope * (c.distance or 0.0) <= EXPECTED_SHARE * budget]
-    return max(fitting, default=0)
-
-
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Spearman's; None where one of them is constant."""
-    a, b = (_ranks(np.asarray(values, dtype=float)) for values in (one, other))
-    if a.std() == 0 or b.std() == 0:
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """[N] positions in ascending order; equal values share the mean of theirs."""
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[index]
-
-
 def _error(times: Sequence[Sequence[float]]) -> float:
     """Standard error of the median difference of two candidates that were timed in turns, seconds."""
-    return costing.error_of_median(np.asarray(times[1]) - np.asarray(times[0]))
+    return error_of_median(np.asarray(times[1]) - np.asarray(times[0]))

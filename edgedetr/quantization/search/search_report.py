@@ -30,7 +30,8 @@ class Candidate:
     predicted_distance  sum of the distances of its groups
     distance            measured on the search images
     search_drop         AP lost on the search images, points
-    float_ms, int8_ms   of one image, measured in turns; 0 and `predicted_ms` where the target is not here
+    float_ms, int8_ms   of one image, measured in turns; predicted where the target is not here, from a device's profile
+                        or, with 0 for the float graph, from a model
     error_ms            standard error of int8_ms - float_ms
     """
 
@@ -78,7 +79,7 @@ class SearchReport:
 
     def sentence(self) -> str:
         """The outcome in one or two sentences, with its figures."""
-        measured = "" if self.costs.measured else f" (latency is {self.costs.source})"
+        measured = self._about_latency()
         if self.outcome == "accepted" and (found := self.accepted_candidate) is not None:
             look = self.last_look(found)
             return (
@@ -101,6 +102,12 @@ class SearchReport:
             f"on {look.images} of them, and at most {look.upper:.2f}: the smallest budget that these images certify is "
             f"{self.smallest_budget:g}"
         )
+
+    def _about_latency(self) -> str:
+        """How the latency was found, where candidates were not timed."""
+        if self.target != TENSORRT:
+            return ""
+        return f" (latency is {'predicted from ' if self.costs.measured else ''}{self.costs.source})"
 
     @property
     def smallest_budget(self) -> float | None:

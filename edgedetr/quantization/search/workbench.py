@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto
 
-from edgedetr.artifacts import INT8, INT8_CPU, ONNX, OPENVINO, ORT, TENSORRT, Artifact
+from edgedetr.artifacts import INT8, INT8_CPU, INT8_PROFILED, ONNX, OPENVINO, ORT, TENSORRT, Artifact
 from edgedetr.bundle import Bundle
 from edgedetr.data.images import decode
 from edgedetr.evaluation.artifacts_run import SIMULATED_FP16
@@ -136,7 +136,7 @@ class Workbench:
         amax = self.ranges.resolved(observers_of(self.graph, self.policy, placement, plan))
         batches = self._bias_batches if corrected and self.config.bias_correction else None
         result = int8_graph(self.graph, plan, share_pool_ranges(self.graph.model, amax), self.dialect, batches)
-        if self.dialect.fp16 and corrected:
+        if self.dialect.fp16:
             result = convert_to_fp16(result, self._absmax, self.policy.float32_nodes(result)).model
         return result
 
@@ -161,6 +161,18 @@ class Workbench:
             nodes = [consumer.node.name for consumer in self.graph.consumers[name]]
             found[name] = nodes if readers is None else sorted({node for node, _ in readers})
         return found
+
+    def write_profiled_graph(self) -> None:
+        """The graph with every group in INT8, for `edgedetr build --profile`; one of the same model.onnx is kept.
+
+        Times do not depend on ranges and biases, so a profile outlives another calibration.
+        """
+        if not self.bundle.has(INT8_PROFILED.file):
+            model = self.model(self.everything, corrected=False)
+            with self.bundle.add(
+                INT8_PROFILED.file, stage=INT8_PROFILED.step, made_from=INT8_PROFILED.made_from
+            ) as path:
+                path.write_bytes(model.SerializeToString(deterministic=True))
 
     def candidate_graph(self, placement: Placement) -> Path:
         """The graph of a placement as export writes it, built once."""

@@ -9,13 +9,17 @@ from members import HEIGHT, WIDTH, exported
 
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.concat_split import split_concats
-from edgedetr.quantization.groups import groups_of
+from edgedetr.quantization.groups import floor_of, groups_of
 from edgedetr.quantization.placement import Placement, plan_for
 from edgedetr.quantization.policy import load_policy
 from edgedetr.quantization.quantize import int8_graph
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
-from edgedetr.quantization.search.costs import Costs, GroupCost, measured_costs, owner_of
+from edgedetr.quantization.search import costs as costing
+from edgedetr.quantization.search.conversions import ConversionTime
+from edgedetr.quantization.search.costs import Costs, GroupCost, measured_costs
 from edgedetr.quantization.search.front import Edge
+from edgedetr.quantization.search.kernel_times import KernelTime
+from edgedetr.quantization.search.owners import owner_of, shares_of
 from edgedetr.quantization.target import CPU
 
 
@@ -53,6 +57,60 @@ def test_a_kernel_belongs_to_the_group_it_is_named_after_or_follows(network):
     assert owner(f"{conv.nodes[0]}/MatMulAddFusion") == conv.id
     assert owner(graph.after_relu(tensor)) == conv.id
     assert owner("nothing of this graph") == ""
+    # A product that is in no group has a kernel of its own: its time is not that of the layer before it.
+    assert len(floor_of(graph)) > 5 and not any(map(owner, floor_of(graph)))
+
+
+def test_a_kernel_with_layers_of_several_groups_is_shared_by_their_products(network):
+    graph, groups, *_ = network
+    shares = shares_of(graph, groups)
+    first, second = [group for group in groups if group.kind == "convolution" and len(group.nodes) == 1][:2]
+    total = first.macs + second.macs
+    expected = {first.id: first.macs / total, second.id: second.macs / total}
+    # The DQ of what a group reads is named after the tensor of the group before it; layers decide.
+    before = f"{graph.node_by_name[second.nodes[0]].input[0]}_DequantizeLinear"
+    assert shares([before, *first.nodes, *second.nodes]) == pytest.approx(expected)
+    split = next(group for group in groups if any("/branch." in node for node in group.nodes))
+    assert shares([split.nodes[0].partition("/branch.")[0]]) == {split.id: 1.0}  # as an unsplit graph names it
+    assert shares(["nothing of this graph"]) == {}
+
+
+def test_disturbed_runs_do_not_move_a_cost_as_long_as_each_kernel_has_more_quiet_ones(network, monkeypatch):
+    """Every run is disturbed in one of 20 kernels, by more than the whole graph takes."""
+    graph, groups, *_ = network
+
+    def kernels(models, backend, images, rounds, **options):
+        found = {}
+        for name, each in (("float", 2e-3), ("int8", 1e-3)):
+            seconds = np.full((20, rounds), each)
+            seconds[np.arange(rounds) % 20, np.arange(rounds)] += 0.1
+            found[name] = [KernelTime("Conv", (groups[n].nodes[0],), row) for n, row in enumerate(seconds)]
+        return found
+
+    monkeypatch.setattr(costing, "kernel_times", kernels)
+    found = measured_costs(graph, groups, b"", b"", {}, "onnxruntime", np.zeros(0), rounds=20)
+    assert found.float_ms == pytest.approx(20 * 2.0) and found.rest_ms == pytest.approx(0)
+    assert all(found.groups[group.id] == GroupCost(2.0, 1.0, 0.0) for group in groups[:20])
+
+
+def test_the_noise_of_many_groups_does_not_add_up_to_a_loss():
+    """100 groups of 0.01 ms, each known to 0.01 ms: together 1 ms, known to a tenth of that (squares add up)."""
+    costs = {f"g{n}": GroupCost(0.05, 0.04, 0.01) for n in range(100)}
+    found = Costs("x", "", True, costs, (Edge("g0", "g1", 0.5), Edge("g1", "g2", 0.25)), 10.0, 0.0)
+    assert found.change(costs).ms == pytest.approx(-1.0) and found.change(costs).error_ms == pytest.approx(0.1)
+    assert found.change(["g0"]).ms == pytest.approx(0.49) and found.change([]).ms == 0
+    assert sum(cost.gain_ms for cost in costs.values()) == pytest.approx(1.0)  # as the solver discounts each alone
+
+
+def test_a_conversion_takes_a_start_and_a_time_for_each_element():
+    """Ten small kernels and a large one: one rate for all would charge the large tensor five times its time."""
+    line = ConversionTime(0.005, 1e-7)
+    seen = [*[(1000, line.of(1000))] * 10, (1_000_000, line.of(1_000_000))]
+    found = ConversionTime.fitted(seen, ConversionTime(1.0, 1.0))
+    assert found.of(500_000) == pytest.approx(0.055) and found.start_ms == pytest.approx(0.005)
+    assert ConversionTime.fitted([], line) == line
+    # Never negative: a larger tensor that takes less is noise.
+    assert ConversionTime.fitted([(1000, 0.02), (2000, 0.01)], line).element_ms == 0
 
 
 def test_a_group_that_is_not_faster_beyond_noise_stays_float_unless_its_neighbors_pay_for_it():

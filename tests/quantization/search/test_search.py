@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from bundle_fixtures import CLASSES, write_bundle
+from inspected_engine import inspected
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -18,13 +20,20 @@ import edgedetr
 from edgedetr.bundle import Bundle, DataRecord
 from edgedetr.cli import app
 from edgedetr.errors import DataError, ExportError, UsageError
+from edgedetr.evaluation.config import VerifyConfig
+from edgedetr.lint.lint import require_no_errors
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.distance_meter import DistanceMeter
 from edgedetr.quantization.placement import Placement
+from edgedetr.quantization.quantize import export_fp16
 from edgedetr.quantization.search import costs as costing
 from edgedetr.quantization.search import search as searching
+from edgedetr.quantization.search.decisions import predicted_latency
 from edgedetr.quantization.search.image_sets import image_sets, require_disjoint
+from edgedetr.quantization.search.search_state import SearchState
+from edgedetr.quantization.search.workbench import TARGETS, Workbench
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
+from edgedetr.runtime.tensorrt.layer_profile import EngineTimes, LayerProfile, layer_times
 
 SPLITS = {"train": 24, "val": 70}  # val is the verify split
 SETS = ("quant.images=8",)
@@ -103,10 +112,13 @@ def costs(graph, groups, *others, **options):
     """Costs by multiply-accumulates of the five largest groups; the others are slower in INT8."""
     found = costing.modelled_costs(graph, groups, {}, "onnxruntime")
     large = sorted(found.groups, key=lambda name: -found.groups[name].float_ms)[:5]
-    slower = {
-        name: replace(cost, int8_ms=2 * cost.float_ms) for name, cost in found.groups.items() if name not in large
+    changed = {
+        name: replace(cost, int8_ms=2 * cost.float_ms, sigma_ms=0.0)
+        if name not in large
+        else replace(cost, sigma_ms=0.05 * cost.float_ms)
+        for name, cost in found.groups.items()
     }
-    return replace(found, groups={**found.groups, **slower})
+    return replace(found, groups=changed)
 
 
 def latency(self, candidate):
@@ -248,6 +260,53 @@ def test_what_the_images_cannot_certify_exits_with_3_and_names_the_smallest_budg
     assert "--max-drop" in said and "edgedetr train --qat" in said
     assert not again.has("placement.json") and not (again.path / "model.int8.onnx").exists()
     assert json.loads((again.path / "results/search.json").read_text())["outcome"] == "none"
+
+
+def bench_for_tensorrt(bundle: Bundle) -> searching._Search:
+    """A search for TensorRT up to its costs, on what the search for ONNX Runtime has kept."""
+    config = QuantConfig(images=8)
+    sets = image_sets(bundle, config, None, 8, 0)
+    identity = json.loads((bundle.path / "search/identity.json").read_text())
+    identity.pop("schema")
+    bench = Workbench(bundle, TARGETS["tensorrt"], config, sets, SearchState(bundle, identity), threads=1)
+    return searching._Search(bench, 60, VerifyConfig())
+
+
+def test_a_search_for_tensorrt_takes_its_costs_from_a_profile_of_these_graphs(again, caplog):
+    export_fp16(again, config=QuantConfig(images=8))
+    search = bench_for_tensorrt(again)
+    modelled = search._costs()
+    command = f"edgedetr build {again.path} --profile"
+    assert not modelled.measured and "to the device" in caplog.text and command in caplog.text
+    assert again.has("model.int8-profiled.onnx")
+    require_no_errors(onnx.load(again.path / "model.int8-profiled.onnx"), "every group in INT8")
+    # What the device would answer: every layer takes a millisecond in FP16 and half of one in INT8.
+    engines = {}
+    for name, file, ms in (("float", "model.fp16.onnx", 1.0), ("int8", "model.int8-profiled.onnx", 0.5)):
+        text, times = inspected(onnx.load(again.path / file), lambda node, ms=ms: ms)
+        digest = again.manifest.files[file].sha256
+        engines[name] = EngineTimes(file, digest, "strong", layer_times(text, [times]))
+    profile = LayerProfile("Orin", 87, "10.3.0", "12.6", "", 1, **engines)
+    profile.save(again.path / "results/profile.json")
+    costs = search._costs()
+    assert costs.measured and costs.float_ms == len(engines["float"].layers)
+    placement = Placement.of_policy(search.bench.groups)
+    change = costs.change(placement.int8)
+    latency = predicted_latency(placement, costs)
+    assert change.ms < 0 and latency["float_ms"] == costs.float_ms
+    assert latency["int8_ms"] == costs.float_ms + change.ms
+    other = replace(profile, int8=replace(profile.int8, onnx_sha256="0" * 64))
+    other.save(again.path / "results/profile.json")
+    with pytest.raises(ExportError, match=rf"measured on Orin with TensorRT 10.3.0.* 00000000; .*{re.escape(command)}"):
+        search._costs()
+
+
+def test_predicted_times_are_those_of_the_costs(searched):
+    text = json.loads((searched / "results/search.json").read_text())
+    groups = text["costs"]["groups"]
+    for one in text["candidates"]:
+        saved = sum(groups[name]["int8_ms"] - groups[name]["float_ms"] for name in one["placement"]["int8"])
+        assert one["predicted_ms"] == pytest.approx(saved) and any(groups[name]["sigma_ms"] for name in groups)
 
 
 def test_where_no_placement_is_faster_the_float_graph_is_named_with_the_figures(again, monkeypatch):
