@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
+def rank_correlation(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> float | None:
+    """Spearman's; None where one of them has no order."""
+    a, b = (_ranks(np.asarray(values, dtype=float)) for values in (one, other))
+    if a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
 def split_half_correlation(distances: np.ndarray) -> float | None:
-    """Spearman's rank correlation between the groups' means on two halves of the images, every second one.
+    """Rank correlation between the groups' means on two halves of the images, every second one.
 
     distances   [groups, images]
     return      None for fewer than 3 groups or 2 images, and where a half has no order
     """
     if distances.shape[0] < 3 or distances.shape[1] < 2:
         return None
-    first, second = (_ranks(distances[:, start::2].mean(axis=1)) for start in (0, 1))
-    if first.std() == 0 or second.std() == 0:
-        return None
-    return float(np.corrcoef(first, second)[0, 1])
+    first, second = (distances[:, start::2].mean(axis=1) for start in (0, 1))
+    return rank_correlation(first, second)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0; equal values share their mean rank."""
-    unique, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return np.asarray((ends - counts + ends - 1) / 2)[inverse.reshape(-1)] if len(unique) else values
+    """[N] positions in ascending order; equal values share the mean of theirs."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[index.reshape(-1)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from edgedetr.quantization.placement import Placement
 from edgedetr.quantization.search.costs import Costs
 from edgedetr.quantization.search.search_report import Candidate
@@ -37,17 +35,3 @@ def expected_start(order: Sequence[Candidate], budget: float, slope: float) -> i
     """Position of the fastest candidate that is expected to lose at most EXPECTED_SHARE of the budget; 0 if none."""
     fitting = [n for n, c in enumerate(order) if slope * (c.distance or 0.0) <= EXPECTED_SHARE * budget]
     return max(fitting, default=0)
-
-
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Spearman's; None where one of them is constant."""
-    a, b = (_ranks(np.asarray(values, dtype=float)) for values in (one, other))
-    if a.std() == 0 or b.std() == 0:
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """[N] positions in ascending order; equal values share the mean of theirs."""
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[index]

@@ -14,7 +14,7 @@ from edgedetr.quantization.groups import Group, macs
 
 BACK = 6  # nodes that are followed from a kernel's node back to its group: DQ, bias, activation (two for SiLU), sum, Q
 PAIR = ("_QuantizeLinear", "_DequantizeLinear")  # ends of the names of Q and DQ nodes, as qdq.py names them
-_BRANCH = re.compile(r"/branch\.\d+$")  # of a convolution that qdq.split_concats made
+_BRANCH = re.compile(r"/branch\.\d+$")  # of a convolution that concat_split.py made
 # Kernels of their own, whatever comes before them: also the products that are in no group.
 _STOPS = ("Concat", "Split", "Gather", "Softmax", "LayerNormalization", "Conv", "ConvTranspose", "MatMul", "Gemm")
 

@@ -29,15 +29,10 @@ from edgedetr.progress import Progress
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.placement import Placement
 from edgedetr.quantization.policy import load_policy
+from edgedetr.quantization.rank_correlation import rank_correlation
 from edgedetr.quantization.search import costs as costing
 from edgedetr.quantization.search.costs import Costs
-from edgedetr.quantization.search.decisions import (
-    expected_start,
-    in_order_of_risk,
-    placed,
-    predicted_latency,
-    rank_correlation,
-)
+from edgedetr.quantization.search.decisions import expected_start, in_order_of_risk, placed, predicted_latency
 from edgedetr.quantization.search.device_costs import device_costs, profile_command, read_profile
 from edgedetr.quantization.search.front import front
 from edgedetr.quantization.search.image_sets import ImageSets, image_sets
