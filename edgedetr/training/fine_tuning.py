@@ -59,13 +59,20 @@ class FineTuningDefaults:
 
     # Learning rates for batches of `batch` images. RT-DETR and DETR train at 1e-4 from a pretrained backbone; D-FINE
     # fine-tunes a whole detector at 2.5e-4 with batches of 32 and half of it in the backbone, which is 1.8e-4 here.
-    # Measured with a nano RT-DETR that had learned rendered scenes, BCCD, 300 steps of 8 images, AP on test, at rates
-    # that stand for batches of 16: 31.4 at 2.1e-4, 47.9 at 5.7e-4; after 100 steps 3.4 at 5e-5 with a tenth in the
-    # backbone, 17.9 at 2.1e-4 with half of it. So few steps want more; long trainings have not been compared.
     whole_lr: float = 2e-4
     backbone_lr: float = 1e-4
     random_lr: float = 2e-4
     lr_power: float = 0.5  # lr grows as this power of the batch (Malladi et al. 2022, section 4: 1/2 for Adam)
+    # A whole detector's rate is for `whole_images`; a training that sees fewer takes more: as the root, up to 4 times.
+    # A nano RT-DETR that had learned rendered scenes, BCCD, 300 steps of 8 images, AP on test: 44.7 at 3.2e-4 and 52.5
+    # at 1.3e-3, which is this rule's. Trainings of more than 2,400 images have not been compared.
+    most_of_images: float = 4.0
+    # The rates are of detectors of this width (`hidden`); narrower ones take more, as 1 / width (Yang et al. 2021,
+    # "Tensor Programs V", table 3, Adam). DEIMv2 publishes the same for sizes of 64 to 128 channels: for batches of 16,
+    # 7.1e-4, 5.7e-4, 5.7e-4 and 5.7e-4, where this rule gives 8e-4, 5.3e-4, 4.6e-4 and 4e-4.
+    lr_width: int = 256
+    most_of_width: float = 4.0  # 64 channels, the narrowest published detector
+    most_lr_factor: float = 10.0  # of both together; 9.1 was measured
     whole_backbone_lr_factor: float = 0.5  # D-FINE's fine-tuning
     backbone_lr_factor: float = 0.1  # RT-DETR and DETR; 1 where the backbone has random weights
     schedule: Literal["constant", "cosine", "flat_cosine"] = "flat_cosine"  # DEIM, RTMDet
@@ -128,6 +135,7 @@ def resolve(
     start: StartKind,
     selects: bool,
     epochs: int = 0,
+    width: int = DEFAULTS.lr_width,
     defaults: FineTuningDefaults = DEFAULTS,
 ) -> Plan:
     """The numbers that follow from the steps of a training.
@@ -136,6 +144,7 @@ def resolve(
     images   of the train split
     selects  whether there is a split to select the best epoch on, and so to stop early
     epochs   that train.minutes has time for; 0 = all
+    width    channels of the detector's tokens (`model.hidden`)
     """
     one_of("start", start, STARTS)
     batch = config.batch if isinstance(config.batch, int) else defaults.batch
@@ -152,8 +161,10 @@ def resolve(
     patience = defaults.whole_patience if start == "whole" else defaults.patience
     plan = _evaluate(plan, planned, patience if selects else 0.0, defaults)
     rate = {"whole": defaults.whole_lr, "backbone": defaults.backbone_lr, "random": defaults.random_lr}[start]
-    rate = float(f"{rate * (batch / defaults.batch) ** defaults.lr_power:.3g}")
-    plan = plan.choose("lr", rate, f"learning rate {rate:g}: for {STARTS[start]} and {batch} images a step")
+    learned = steps * batch if start == "whole" else defaults.whole_images
+    rate = _lr_of(rate, batch, learned, width, defaults)
+    note = f"learning rate {rate:g}: for {STARTS[start]}, {steps} steps of {batch} images and {width} channels"
+    plan = plan.choose("lr", rate, note)
     factors = {"whole": defaults.whole_backbone_lr_factor, "backbone": defaults.backbone_lr_factor, "random": 1.0}
     plan = plan.choose("backbone_lr_factor", factors[start], "")
     sizes = defaults.sizes if start == "whole" else ()
@@ -179,6 +190,14 @@ def _follow_steps(plan: Plan, steps: int, defaults: FineTuningDefaults) -> Plan:
     ramp = _average_ramp(1 / (1 - float(plan.config.ema_decay)), steps, defaults)
     plan = plan.choose("ema_warmup", ramp, "")
     return plan.choose("schedule", defaults.schedule, f"schedule {defaults.schedule}")
+
+
+def _lr_of(published: float, batch: int, images: int, width: int, defaults: FineTuningDefaults) -> float:
+    """A published rate for another batch, number of images seen and width, to three digits."""
+    of_batch = (batch / defaults.batch) ** defaults.lr_power
+    of_images = min(max(math.sqrt(defaults.whole_images / images), 1), defaults.most_of_images)
+    of_width = min(max(defaults.lr_width / width, 1), defaults.most_of_width)
+    return float(f"{published * of_batch * min(of_images * of_width, defaults.most_lr_factor):.3g}")
 
 
 def _average_ramp(horizon: float, steps: int, defaults: FineTuningDefaults) -> int:

@@ -80,7 +80,9 @@ def plan_training(
     start, count = fine_tuning.start_of(asked), len(splits.train)
 
     def plan(of: Plan, epochs: int = 0) -> Plan:
-        return fine_tuning.resolve(of.config, images=count, start=start, selects=splits.selects, epochs=epochs)
+        return fine_tuning.resolve(
+            of.config, images=count, start=start, selects=splits.selects, epochs=epochs, width=asked.model.config.hidden
+        )
 
     def throwaway(config: TrainConfig) -> tuple[Learner, Schedule]:
         numbers = resolved(config)

@@ -35,9 +35,9 @@ from edgedetr.training.validator import Validator
 AUTO = [name for name, hint in get_type_hints(TrainConfig).items() if "auto" in str(hint)]
 
 
-def numbers(images: int, start: StartKind = "whole", **settings: object) -> TrainConfig:
+def numbers(images: int, start: StartKind = "whole", *, width: int = 256, **settings: object) -> TrainConfig:
     machine = fit_to_machine(TrainConfig(**settings), gpu=False, bf16=False, cores=2, images=images)
-    return resolve(machine.config, images=images, start=start, selects=True).config
+    return resolve(machine.config, images=images, start=start, selects=True, width=width).config
 
 
 def test_five_hundred_images_from_a_whole_detector() -> None:
@@ -90,6 +90,25 @@ def test_the_rate_of_every_start() -> None:
     rates = [(numbers(500, start).lr, numbers(500, start).backbone_lr_factor) for start in get_args(StartKind)]
     assert rates == [(2e-4, 0.5), (1e-4, 0.1), (2e-4, 1.0)]
     assert numbers(500, "backbone").sizes == () == numbers(500, "random").sizes
+
+
+def test_few_images_and_a_narrow_detector_take_a_higher_rate() -> None:
+    """50,000 images seen / 12,500 = 4, whose root is 2; 256 / 128 = 2; and never more than ten times in all."""
+    assert numbers(500, epochs=25, batch=20).lr == pytest.approx(2e-4 * (20 / 16) ** 0.5 * 2, rel=5e-3)
+    assert numbers(500, width=128).lr == 4e-4
+    assert numbers(160, epochs=1).lr == 8e-4  # 160 images: 4 times, not 17.7
+    assert numbers(160, epochs=1, width=64).lr == 2e-3  # not 16 times
+    assert numbers(205, epochs=12, batch=8, width=112).lr == 1.29e-3  # 300 steps, with which it was measured
+    for start in ("backbone", "random"):  # these learn from nothing however long they are
+        assert numbers(160, start, epochs=1).lr == numbers(160, start).lr
+        assert numbers(160, start, width=512).lr == numbers(160, start).lr == numbers(160, start, width=128).lr / 2
+
+
+# For batches of 128: configs/deimv2/deimv2_hgnetv2_{atto,femto,pico}_coco.yml of DEIMv2, and D-FINE's N.
+@pytest.mark.parametrize(("width", "published"), [(64, 2e-3), (96, 1.6e-3), (112, 1.6e-3), (128, 8e-4)])
+def test_the_rate_of_narrow_detectors_is_near_the_published_one(width: int, published: float) -> None:
+    ours = numbers(118_000, batch=128, epochs=72, width=width).lr
+    assert 0.67 < ours / published < 1.5
 
 
 def test_what_is_chosen_is_said_and_what_was_given_stays() -> None:
@@ -224,7 +243,8 @@ def test_an_automatic_training_says_its_numbers_writes_them_down_and_resumes(
     straight = train(recipe, micro_data, tmp_path / "a", progress=(told := Told()))
     assert "warm-up 1 steps (4.2 % of 24)" in told.notes
     written = Recipe.from_bundle(straight).train
-    assert (written.warmup_steps, written.eval_every, written.patience, written.lr) == (1, 1, 0, 1e-4)
+    assert (written.warmup_steps, written.eval_every, written.patience) == (1, 1, 0)
+    assert written.lr == 4e-4  # half of 2e-4 for a batch of 4, four times for 32 channels
     assert not [name for name in AUTO if getattr(written, name) == "auto"]
     with pytest.raises(KeyboardInterrupt):
         train(recipe, micro_data, tmp_path / "b", progress=Told(stop=10))
