@@ -6,13 +6,14 @@ tensors were observed near the end of the range, and those that the caller names
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
+from edgedetr.onnx_graph.graph_edit import copy_without
 from edgedetr.onnx_graph.hardware_limits import SMALLEST_FP16
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.session import GraphSession
@@ -78,17 +79,10 @@ def activation_absmax(graph: GraphIndex, batches: Iterable[np.ndarray]) -> dict[
     RT-DETR-R18 of 640 x 640 px takes 0.54 GB, and 1.14 GB with all maxima at the end.
     """
     names = sorted(float_tensors(graph))
-    probe = ModelProto()
-    probe.CopyFrom(graph.model)
-    wanted, nodes = set(names), [NodeProto.FromString(node.SerializeToString()) for node in graph.nodes]
-    del probe.graph.node[:]
-    probe.graph.node.extend(part for name in names if name not in graph.producers for part in _magnitudes(name))
-    for node in nodes:
-        probe.graph.node.append(node)
-        probe.graph.node.extend(part for name in node.output if name in wanted for part in _magnitudes(name))
     outputs = [f"{name}_{suffix}" for suffix in ("largest", "sum") for name in names]
     # Only a few images: to optimize a graph in which every tensor is an output takes longer than it saves.
-    session = GraphSession(probe, outputs, lean=True)
+    data = _with_magnitudes(graph, names, outputs).SerializeToString()  # only the bytes stay in memory
+    session = GraphSession(data, outputs, lean=True, in_order=True)
     found = dict.fromkeys(names, 0.0)
     for batch in batches:
         values = session.run({"images": batch})
@@ -102,6 +96,18 @@ def activation_absmax(graph: GraphIndex, batches: Iterable[np.ndarray]) -> dict[
             if largest > -np.inf:  # -inf is the maximum of an empty tensor
                 found[name] = max(found[name], float(largest))
     return found
+
+
+def _with_magnitudes(graph: GraphIndex, names: Sequence[str], outputs: Sequence[str]) -> ModelProto:
+    """The graph with the magnitude of each of these tensors, behind the node that makes it; and these outputs."""
+    probe, wanted = copy_without(graph.model, "node", "output"), set(names)
+    body = probe.graph
+    body.node.extend(part for name in names if name not in graph.producers for part in _magnitudes(name))
+    for node in graph.nodes:
+        body.node.append(node)
+        body.node.extend(part for name in node.output if name in wanted for part in _magnitudes(name))
+    body.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
+    return probe
 
 
 def _magnitudes(name: str) -> list[NodeProto]:
@@ -251,10 +257,8 @@ class _Fp16Converter:
                     node.output[i] = f"{name}_half"
                     self.made.append(_cast(node.output[i], name, FP32))
                     self.types[name] = FP32
-        result = ModelProto()
-        result.CopyFrom(self.model)
+        result = copy_without(self.model, "node", "initializer", "value_info")
         graph = result.graph
-        del graph.node[:], graph.initializer[:], graph.value_info[:]
         graph.node.extend(self.made)
         graph.initializer.extend(self.constants.values())
         return Fp16Graph(result, {self.nodes[number].name: reason for number, reason in self.fp32.items()})

@@ -1,12 +1,36 @@
-"""Edits of a graph in place: replace, sort and prune nodes, rename tensors, and inline the branch of an If."""
+"""Edits of a graph: copy parts of it; in place replace, sort and prune nodes, rename tensors, inline an If's branch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from edgedetr.onnx_graph.graph_walk import captured, in_order, inner_graphs
+
+
+def copy_without(model: ModelProto, *fields: str) -> ModelProto:
+    """A copy without these fields of its graph ("node", "initializer").
+
+    A message keeps the memory of what is deleted from it for as long as it lives, so weights that a copy is not to have
+    are better not copied at all.
+    """
+    result = ModelProto()
+    _copy_fields(model, result, ("graph",))
+    _copy_fields(model.graph, result.graph, fields)
+    return result
+
+
+def _copy_fields(source: ModelProto | GraphProto, target: ModelProto | GraphProto, left_out: Sequence[str]) -> None:
+    for field, value in source.ListFields():
+        if field.name in left_out:
+            continue
+        if field.message_type is None and isinstance(value, (str, bytes, int)):
+            setattr(target, field.name, value)
+        elif isinstance(value, Sequence):
+            getattr(target, field.name).extend(value)
+        else:
+            getattr(target, field.name).CopyFrom(value)
 
 
 def replace_nodes(model: ModelProto, nodes: Iterable[NodeProto]) -> None:
@@ -39,9 +63,9 @@ def prune(model: ModelProto) -> None:
             kept.append(node)
             needed.update(node.input, captured(node))
     replace_nodes(model, kept[::-1])
-    initializers = [tensor for tensor in model.graph.initializer if tensor.name in needed]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(initializers)
+    stored = model.graph.initializer
+    for index in reversed([place for place, tensor in enumerate(stored) if tensor.name not in needed]):
+        del stored[index]
     del model.graph.value_info[:], model.graph.quantization_annotation[:]
     del model.functions[:], model.training_info[:]
 

@@ -48,7 +48,7 @@ class GraphSession:
     threads    None = one per core
     spin       whether threads wait busily for the next run
     integers   False: Q/DQ pairs are computed as written, in float arithmetic, while the rest is optimized
-    lean       less memory, a little slower: nodes run in the order of the graph
+    lean, in_order   as `plain_session`
     fix        what the user can do where the graph cannot be loaded or run
     """
 
@@ -62,6 +62,7 @@ class GraphSession:
         spin: bool = True,
         integers: bool = True,
         lean: bool = False,
+        in_order: bool = False,
         fix: str = EXPORT_AGAIN,
     ) -> None:
         one_of("optimize", optimize, (False, "basic", True))
@@ -80,6 +81,7 @@ class GraphSession:
             spin=spin,
             integers=integers,
             lean=lean,
+            in_order=in_order,
             error=ExportError,
             fix=fix,
         )

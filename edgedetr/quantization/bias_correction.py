@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from edgedetr.onnx_graph.graph_edit import prune
+from edgedetr.onnx_graph.graph_edit import copy_without, prune
+from edgedetr.onnx_graph.graph_walk import captured
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.quantization.policy import Layer, QuantizationPlan
@@ -48,17 +49,14 @@ def bias_shifts(
     layers = [layer for layer in plan.layers if bias_input(layer, graph) is not None]
     shifts: dict[str, np.ndarray] = {}
     for part in np.array_split(np.arange(len(layers)), min(parts, len(layers))) if layers else ():
-        joint, outputs = _joint_model(graph, quantized, [layers[i] for i in part], shifts)
-        shifts |= _mean_outputs(joint, outputs, batches())
+        shifts |= _mean_outputs(*_joint_model(graph, quantized, [layers[i] for i in part], shifts), batches())
     return shifts
 
 
-def _mean_outputs(
-    model: ModelProto, outputs: Mapping[str, str], batches: Iterable[np.ndarray]
-) -> dict[str, np.ndarray]:
+def _mean_outputs(model: bytes, outputs: Mapping[str, str], batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
     """{layer: [O] float32, mean of its output over the images}; outputs: {layer: name of an output}."""
     # Without optimizations: Q/DQ in float arithmetic, as the graph is written, on every CPU.
-    session = GraphSession(model, list(outputs.values()), lean=True)
+    session = GraphSession(model, list(outputs.values()), integers=False, lean=True, in_order=True)
     sums = {layer: np.zeros(0) for layer in outputs}
     count = 0
     for batch in batches:
@@ -72,8 +70,8 @@ def _mean_outputs(
 
 def _joint_model(
     graph: GraphIndex, quantized: ModelProto, part: Sequence[Layer], known: Mapping[str, np.ndarray]
-) -> tuple[ModelProto, dict[str, str]]:
-    """Float and quantized graph in one model, and {layer's node: the output that is its shift}.
+) -> tuple[bytes, dict[str, str]]:
+    """Float and quantized graph in one serialized model, and {layer's node: the output that is its shift}.
 
     part    the layers whose shifts are measured
     known   shifts of the layers before them
@@ -110,7 +108,7 @@ def _joint_model(
             constants[f"{corrected}/shift"] = numpy_helper.from_array(shift, f"{corrected}/shift")
             nodes.append(helper.make_node("Add", [f"{corrected}/raw", f"{corrected}/shift"], [corrected]))
     nodes += exact[taken:]
-    return _model_of(graph.model, nodes, constants, list(outputs.values())), outputs
+    return _model_of(graph.model, nodes, constants, list(outputs.values())).SerializeToString(), outputs
 
 
 def _correction(
@@ -138,12 +136,11 @@ def _model_of(
     model: ModelProto, nodes: list[NodeProto], constants: Mapping[str, TensorProto], outputs: list[str]
 ) -> ModelProto:
     """A model with the inputs of `model` and these outputs, of the nodes that the outputs need."""
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copy_without(model, "node", "initializer", "output")
     graph = result.graph
-    del graph.node[:], graph.initializer[:], graph.output[:]
     graph.node.extend(nodes)
-    graph.initializer.extend(constants.values())
     graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
     prune(result)
+    read = {name for node in graph.node for name in (*node.input, *captured(node))}
+    graph.initializer.extend(tensor for name, tensor in constants.items() if name in read)
     return result

@@ -1,7 +1,7 @@
 """Read the extremes and a sample of inner tensors while a graph runs, so that no whole tensor has to be kept.
 
-Behind the node that makes a tensor stand nodes that reduce it to what a histogram takes. ONNX Runtime runs them there
-and drops the tensor once nothing else reads it: DETR-R50 at 640 x 640 px has 0.56 GB of observed tensors per image.
+Nodes reduce each tensor to what a histogram takes. ONNX Runtime drops the tensor once they and its other readers have
+run: DETR-R50 at 640 x 640 px has 0.59 GB of observed tensors per image, and the pass takes 0.13 GB.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from edgedetr.onnx_graph.graph_edit import copy_without
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.quantization.observers import Histogram, sample_step
@@ -58,19 +59,21 @@ def _names(tensors: Sequence[str]) -> list[str]:
 
 
 def _with_probes(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
-    """The graph with outputs TENSOR/WORD and an input TENSOR/step for each of the tensors."""
+    """The graph with outputs TENSOR/WORD and an input TENSOR/step for each of the tensors.
+
+    The probes stand last, that of the first tensor at the very end: ONNX Runtime goes depth first from the last node,
+    so it computes the first tensor and its probe, then what the second needs besides. In the order of the graph it
+    would leave for the end what its own optimizations insert, such as the change of a convolution's layout that a probe
+    reads, and keep all those tensors until then.
+    """
     graph, wanted = GraphIndex(model), set(tensors)
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copy_without(model, "output")
     body = result.graph
-    del body.node[:]
-    body.node.extend(node for name in tensors if name not in graph.producers for node in _probe(name))
-    for node in graph.nodes:
-        body.node.append(node)
-        body.node.extend(part for name in node.output if name in wanted for part in _probe(name))
+    made = [name for node in graph.nodes for name in node.output if name in wanted]
+    given = [name for name in tensors if name not in graph.producers]
+    body.node.extend(node for name in reversed([*given, *made]) for node in _probe(name))
     numbers = {"flat": -1, "begin": 0, "end": np.iinfo(np.int64).max, "axis": 0}
     body.initializer.extend(numpy_helper.from_array(np.array([n]), f"probe/{name}") for name, n in numbers.items())
-    del body.output[:]
     body.output.extend(helper.make_empty_tensor_value_info(name) for name in _names(tensors))
     body.input.extend(helper.make_tensor_value_info(f"{name}/step", TensorProto.INT64, [1]) for name in tensors)
     return result

@@ -8,6 +8,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
+from edgedetr.onnx_graph.graph_edit import copy_without
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.integer_products import integer_products
 from edgedetr.quantization.policy import Layer, QuantizationPlan
@@ -98,10 +99,8 @@ class _QdqWriter:
             self._add_pair(item.name)
         for node in source.graph.node:
             self._add_node(node)
-        result = ModelProto()
-        result.CopyFrom(source)
+        result = copy_without(source, "node", "value_info", "initializer")
         graph = result.graph
-        del graph.node[:], graph.value_info[:], graph.initializer[:]
         graph.node.extend(self.nodes)
         used = {name for node in self.nodes for name in node.input}
         kept = [item for item in source.graph.initializer if item.name in used]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from kernel_order import KernelOrder
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from tiny_network import CHANNELS, SIGNED, convolve, fake, fake_weight, network, run
 
@@ -229,3 +230,13 @@ def test_a_convolution_or_gemm_without_a_bias_gets_one_and_a_bare_product_is_lef
         axes = (0, 2, 3) if a.ndim == 4 else 0
         shift = np.abs((a - b).mean(axis=axes)).max()
         assert np.abs((a - c).mean(axis=axes)).max() < 0.03 * shift
+
+
+def test_a_float_layer_runs_just_before_its_quantized_form(case, monkeypatch, tmp_path):
+    """So that its result goes once it is compared: also where several nodes read one dequantized tensor."""
+    model, images, plan, amax = case
+    graph = GraphIndex(model)
+    order = KernelOrder(monkeypatch, tmp_path)
+    bias_shifts(graph, insert_qdq(graph, plan, amax, TENSORRT), plan, lambda: images[:1], parts=1)
+    ran = [name for _, name in order.of(0, {"Conv", "MatMul"})]
+    assert ran == [name for layer in LAYERS for name in (layer, f"int8/{layer}")]

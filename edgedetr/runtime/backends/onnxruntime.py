@@ -141,6 +141,7 @@ def plain_session(
     spin: bool = True,
     integers: bool = True,
     lean: bool = False,
+    in_order: bool = False,
     profile: Path | None = None,
     error: type[EdgedetrError] = BundleError,
     fix: str = WRITE_AGAIN,
@@ -150,8 +151,9 @@ def plain_session(
     optimize   True: all optimizations; "basic": the quick ones; False: every node runs as written
     spin       whether threads spin between runs
     integers   False: Q/DQ pairs stay as they are written, and are computed in float arithmetic
-    lean       less memory, a little slower: nodes run in the order of the graph, each tensor goes once its readers
-               have run, and memory goes back after each run
+    lean       less memory, a little slower: it goes back after each run
+    in_order   nodes run in the order of the graph, those that an optimization made after the others that can run;
+               False: depth first from the last node that has no reader, then from the one before it
     profile    begin of the name of a file for the time of every node, which `end_profiling` writes
     error      raised for external weights, and where ONNX Runtime rejects the graph, with `fix` at the end
     """
@@ -166,9 +168,9 @@ def plain_session(
         False: levels.ORT_DISABLE_ALL,
         "basic": levels.ORT_ENABLE_BASIC,
     }[optimize]
-    if lean:
+    options.enable_cpu_mem_arena = not lean
+    if in_order:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-        options.enable_cpu_mem_arena = False
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
         options.add_session_config_entry("session.force_spinning_stop", "1")  # no time of the next graph
