@@ -22,8 +22,9 @@ from edgedetr.runtime import jetson, onnx_bytes
 from edgedetr.runtime.latency import WARM_UP, rotated
 from edgedetr.runtime.tensorrt import build, gpu
 from edgedetr.runtime.tensorrt.cudart import Cuda
-from edgedetr.runtime.tensorrt.layer_profile import EngineTimes, LayerProfile, layer_times
+from edgedetr.runtime.tensorrt.layer_profile import FIX, EngineTimes, LayerProfile, layer_times
 from edgedetr.runtime.tensorrt.trt_runner import Session, open_engine
+from edgedetr.storage.reading import read_text
 
 ROUNDS = 100  # runs of each engine; the error of a median over 100 runs is an eighth of their spread
 
@@ -64,10 +65,8 @@ def profile(
     kept = open_engine(made.path, use_graph=False, onnx_sha256=made.metadata.onnx_sha256)
     with kept as half, Session(serialized.data, cuda=Cuda(device), use_graph=False, what=what) as eight:
         times = _timed(trt, {"float": half, "int8": eight}, rounds, progress)
-    layers = {
-        "float": layer_times(made.path.with_suffix(".layers.json").read_text(encoding="utf-8"), times["float"]),
-        "int8": layer_times(serialized.layers, times["int8"]),
-    }
+    inspected = read_text(made.path.with_suffix(".layers.json"), EngineError, fix=f"{FIX} --force")
+    layers = {"float": layer_times(inspected, times["float"]), "int8": layer_times(serialized.layers, times["int8"])}
     digest = hashlib.sha256(model).hexdigest()
     found = LayerProfile(
         device=device.name,

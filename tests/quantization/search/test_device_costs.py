@@ -18,7 +18,10 @@ from edgedetr.quantization.policy import load_policy
 from edgedetr.quantization.quantize import int8_graph
 from edgedetr.quantization.quantized_tensors import quantized_tensors, tensors_to_observe
 from edgedetr.quantization.search.conversions import elements_of
+from edgedetr.quantization.search.costs import modelled_costs
+from edgedetr.quantization.search.decisions import predicted_latency
 from edgedetr.quantization.search.device_costs import OTHERWISE, device_costs
+from edgedetr.quantization.search.search_report import Candidate, SearchReport
 from edgedetr.quantization.target import TENSORRT
 from edgedetr.runtime.tensorrt.layer_profile import EngineTimes, LayerProfile, layer_times
 
@@ -139,6 +142,19 @@ def test_a_tensor_that_is_converted_in_any_case_is_no_edge(network, plain):
     after = device_costs(graph, groups, quantized, profile_of(whole, int8, reformats=made)).edges
     assert pair in {(edge.first, edge.second) for edge in before}
     assert pair not in {(edge.first, edge.second) for edge in after}
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_report_says_what_latencies_rest_on_that_were_not_measured(network, plain, measured):
+    _, graph, groups, _, quantized = network
+    made = device_costs(graph, groups, quantized, plain)
+    costs = made if measured else modelled_costs(graph, groups, quantized, "tensorrt")
+    placement = Placement((groups[0].id,))
+    slower = Candidate("policy", placement, 1.0, 0.0, **{**predicted_latency(placement, costs), "int8_ms": 1e3})
+    report = SearchReport("tensorrt", 1.0, {}, "", 50.0, costs, {}, None, (slower,), outcome="float")
+    assert slower.float_ms == (plain.float.ms if measured else 0)
+    said = "predicted from a profile of Orin with TensorRT 10.3.0" if measured else "a model by multiply-accumulates"
+    assert f"(latency is {said}" in report.sentence()
 
 
 def test_a_group_without_layers_of_its_own_stays_float_and_is_said(network, plain, caplog):

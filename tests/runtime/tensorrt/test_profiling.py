@@ -95,6 +95,14 @@ def test_a_profile_has_both_engines_what_they_ran_on_and_the_digests_of_their_gr
     assert LayerProfile.load(bundle.require(PROFILE.file)) == found
 
 
+def test_an_engine_whose_layers_are_not_described_is_one_error(profiled):
+    bundle, *_ = profiled
+    (bundle.path / "engines/half.layers.json").unlink()
+    with pytest.raises(EngineError, match=r"half.layers.json: cannot be read.*edgedetr build BUNDLE --profile --force"):
+        profiling.profile(bundle, rounds=1)
+    assert PROFILE.file not in bundle.manifest.files
+
+
 def test_a_damaged_profile_is_one_error_with_the_next_command(tmp_path):
     engine = EngineTimes("model.onnx", "0" * 64, "strong", layer_times(INSPECTED, [{"conv + relu": 1.0}]))
     path, profile = tmp_path / "profile.json", LayerProfile("Orin", 87, "10.3.0", "12.6", "", 1, engine, engine)
