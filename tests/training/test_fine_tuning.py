@@ -92,6 +92,11 @@ def test_the_rate_of_every_start() -> None:
     assert numbers(500, "backbone").sizes == () == numbers(500, "random").sizes
 
 
+def test_a_short_training_takes_one_size() -> None:
+    """31 steps of 16 images an epoch: 26 epochs see 12,896 images, 25 see 12,400."""
+    assert numbers(500, epochs=26).sizes == DEFAULTS.sizes and numbers(500, epochs=25).sizes == ()
+
+
 def test_few_images_and_a_narrow_detector_take_a_higher_rate() -> None:
     """50,000 images seen / 12,500 = 4, whose root is 2; 256 / 128 = 2; and never more than ten times in all."""
     assert numbers(500, epochs=25, batch=20).lr == pytest.approx(2e-4 * (20 / 16) ** 0.5 * 2, rel=5e-3)
