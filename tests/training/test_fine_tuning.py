@@ -104,9 +104,10 @@ def test_few_images_and_a_narrow_detector_take_a_higher_rate() -> None:
     assert numbers(160, epochs=1).lr == 8e-4  # 160 images: 4 times, not 17.7
     assert numbers(160, epochs=1, width=64).lr == 2e-3  # not 16 times
     assert numbers(205, epochs=12, batch=8, width=112).lr == 1.29e-3  # 300 steps, with which it was measured
-    for start in ("backbone", "random"):  # these learn from nothing however long they are
-        assert numbers(160, start, epochs=1).lr == numbers(160, start).lr
-        assert numbers(160, start, width=512).lr == numbers(160, start).lr == numbers(160, start, width=128).lr / 2
+    # Of 100,000 and 200,000 images, a sixteenth is 6,250 and 12,500: four times the rate.
+    assert numbers(6250, "backbone", epochs=1, batch=16).lr == 4e-4 == 4 * numbers(500, "backbone").lr
+    assert numbers(6250, "random", epochs=8, batch=16).lr == 4e-4 == 2 * numbers(500, "random").lr
+    assert numbers(500, "random", width=512).lr == numbers(500, "random").lr
 
 
 # For batches of 128: configs/deimv2/deimv2_hgnetv2_{atto,femto,pico}_coco.yml of DEIMv2, and D-FINE's N.
@@ -249,7 +250,7 @@ def test_an_automatic_training_says_its_numbers_writes_them_down_and_resumes(
     assert "warm-up 1 steps (4.2 % of 24)" in told.notes
     written = Recipe.from_bundle(straight).train
     assert (written.warmup_steps, written.eval_every, written.patience) == (1, 1, 0)
-    assert written.lr == 4e-4  # half of 2e-4 for a batch of 4, four times for 32 channels
+    assert written.lr == 1e-3  # from random weights: half of 2e-4 for a batch of 4, and ten times at most
     assert not [name for name in AUTO if getattr(written, name) == "auto"]
     with pytest.raises(KeyboardInterrupt):
         train(recipe, micro_data, tmp_path / "b", progress=Told(stop=10))
