@@ -9,8 +9,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from edgedetr.data.listing import images_in
 from edgedetr.data.near_duplicates import near_copies
 from edgedetr.errors import DataError, ExportError
 from edgedetr.evaluation.reference import Reference
+from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.printable import shown
 from edgedetr.progress import Progress
 from edgedetr.quantization.calibration_checks import (
@@ -42,6 +43,7 @@ from edgedetr.quantization.calibration_checks import (
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import LEARNED, Histogram, observer_of
 from edgedetr.quantization.probe import Probe
+from edgedetr.quantization.smoothing import Fold, Smoothing, checked_smoothing, smoothed, smoothings
 from edgedetr.runtime.preprocess import prepare
 from edgedetr.storage.digests import digest
 from edgedetr.storage.reading import MEBIBYTE, read_json
@@ -93,6 +95,7 @@ class Ranges:
     source      the folder given as --calib; "" = the calibration split of the bundle's data
     images      what was observed, in order
     observers   {tensor: label of its observer} where a placement chose another than `observer`
+    smooth      {tensor: what SmoothQuant divides it by}: its range is that of the divided tensor
     """
 
     amax: dict[str, float]
@@ -102,6 +105,7 @@ class Ranges:
     source: str
     images: tuple[CalibrationImage, ...]
     observers: Mapping[str, str] = field(default_factory=dict)
+    smooth: Mapping[str, Smoothing] = field(default_factory=dict)
 
     @property
     def image_list(self) -> str:
@@ -119,6 +123,7 @@ class Ranges:
             "source": self.source,
             "images": [{"sha256": image.sha256, "name": image.name} for image in self.images],
             **({"observers": dict(self.observers)} if self.observers else {}),
+            **({"smooth": {name: asdict(one) for name, one in self.smooth.items()}} if self.smooth else {}),
         }
         path.write_text(json.dumps(raw, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -133,9 +138,9 @@ class Ranges:
             images = tuple(_checked_image(item) for item in raw["images"])
             if image_list_digest(images) != raw["image_list"]:
                 raise ValueError("image_list is not the digest of images")
-            return cls(
-                amax, raw["observer"], raw["policy"], raw["wanted"], raw["source"], images, raw.get("observers", {})
-            )
+            smooth = {name: checked_smoothing(name, value) for name, value in raw.get("smooth", {}).items()}
+            settings = (raw["observer"], raw["policy"], raw["wanted"], raw["source"])
+            return cls(amax, *settings, images, raw.get("observers", {}), smooth)
         except ValueError as error:
             raise ExportError(f"{path}: damaged or of another kind ({error}); {fix}") from error
 
@@ -158,7 +163,7 @@ _FIELDS: Mapping[str, tuple[type, str]] = {
 def _check_fields(raw: Any) -> None:
     """Errors: ValueError where the keys of ranges.json or the types of their values are not those of `Ranges.save`."""
     expected = {"schema", "wanted", *_FIELDS}
-    if not isinstance(raw, dict) or set(raw) - {"observers"} != expected:
+    if not isinstance(raw, dict) or set(raw) - {"observers", "smooth"} != expected:
         raise ValueError(f"expected the keys {', '.join(sorted(expected))}")
     if raw["schema"] != SCHEMA or isinstance(raw["schema"], bool):
         raise ValueError(f"schema is {shown(raw['schema'])}, this version reads {SCHEMA}")
@@ -168,6 +173,8 @@ def _check_fields(raw: Any) -> None:
     named = raw.get("observers", {})
     if not isinstance(named, dict) or not all(isinstance(label, str) for label in named.values()):
         raise ValueError(f"observers is {shown(named)}; expected an object of labels")
+    if not isinstance(raw.get("smooth", {}), dict):
+        raise ValueError(f"smooth is {shown(raw['smooth'])}; expected an object")
     wanted = raw["wanted"]
     if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 < wanted < 1 << 31:
         raise ValueError(f"wanted is {shown(wanted)}; expected a number of images")
@@ -198,6 +205,7 @@ def ranges_of(
     policy: str,
     *,
     observers: Mapping[str, str] | None = None,
+    folds: Sequence[Fold] = (),
     calib: Path | None = None,
     progress: Progress | None = None,
 ) -> Ranges:
@@ -207,12 +215,13 @@ def ranges_of(
     tensors   names of the activations that are quantized for at least one target
     policy    the policy's name, for ranges.json
     observers {tensor: label of its observer} where that is not the one of `config`
+    folds     the tensors that are smoothed: their factors are observed first, and the ranges with these folded in
     calib     calibration images; None = the images of the present ranges.json, or the calibration split of the bundle's
               data
     """
     observers = observers or {}
     present = Ranges.load(bundle.require(RANGES.file)) if bundle.has(RANGES.file) else None
-    if present is not None and _fits(present, tensors, config, policy, observers):
+    if present is not None and _fits(present, tensors, config, policy, observers, folds):
         # Without --calib the bundle keeps its calibration, so that a device needs no images.
         if calib is None or choose_images(bundle, calib, config.images).images == present.images:
             return present
@@ -228,23 +237,36 @@ def ranges_of(
     check_image_count(chosen)
     warn_of_near_copies(bundle, chosen)
     contract, training = bundle.manifest.input, Training.of(bundle) if calib is not None else None
+    smooth: dict[str, Smoothing] = {}
+    if folds:
+        graph = GraphIndex(model)
+        smooth = smoothings(graph, folds, _each(chosen.paths, contract, "smooth", progress))
+        model = smoothed(graph, smooth)
     observed = calibrate(
         model, tensors, chosen.paths, contract, config, progress, observers=observers, training=training
     )
     amax = share_pool_ranges(model, observed)
     source = "" if calib is None else str(calib)
-    ranges = Ranges(amax, config.observer_label, policy, config.images, source, chosen.images, observers)
+    ranges = Ranges(amax, config.observer_label, policy, config.images, source, chosen.images, observers, smooth)
     with bundle.add(RANGES.file, stage=RANGES.step, made_from=RANGES.made_from) as temporary:
         ranges.save(temporary)
     return ranges
 
 
 def _fits(
-    present: Ranges, tensors: Sequence[str], config: QuantConfig, policy: str, observers: Mapping[str, str]
+    present: Ranges,
+    tensors: Sequence[str],
+    config: QuantConfig,
+    policy: str,
+    observers: Mapping[str, str],
+    folds: Sequence[Fold],
 ) -> bool:
     settings = (config.observer_label, policy, config.images, observers)
-    return (present.observer, present.policy, present.requested, present.observers) == settings and (
-        set(tensors) == set(present.amax)
+    alphas = {name: one.alpha for name, one in present.smooth.items()}
+    return (
+        (present.observer, present.policy, present.requested, present.observers) == settings
+        and alphas == {fold.tensor: fold.alpha for fold in folds}
+        and set(tensors) == set(present.amax)
     )
 
 
@@ -510,16 +532,21 @@ def observe(
     observed = [name for name in tensors if name != "images"]
     probe = Probe(model, observed)
     histograms = {name: Histogram(name) for name in tensors}
-    for done, path in enumerate(paths):
-        if progress:
-            progress("calibrate", done, len(paths))
-        batch, _ = prepare([decode(path)], contract)
+    for batch, path in zip(_each(paths, contract, "calibrate", progress), paths):
         if "images" in histograms:
             histograms["images"].observe(batch)
         probe.observe(batch, histograms, f"the calibration image {shown(path.name)}")
-    if progress:
-        progress("calibrate", len(paths), len(paths))
     return histograms
+
+
+def _each(paths: Sequence[Path], contract: InputContract, step: str, progress: Progress | None) -> Iterator[np.ndarray]:
+    """The images as the graph takes them, [1, 3, H, W], one after the other."""
+    for done, path in enumerate(paths):
+        if progress:
+            progress(step, done, len(paths))
+        yield prepare([decode(path)], contract)[0]
+    if progress:
+        progress(step, len(paths), len(paths))
 
 
 # ------------------------------------------------------------------------------------------------------ outlier images

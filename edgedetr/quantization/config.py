@@ -33,11 +33,12 @@ class QuantConfig:
     )
     percentile: float = 99.99  # only for observer = "percentile": per cent of the magnitudes inside the range
     bias_correction: bool = True  # rounding shifts the mean of each channel; the layer's bias takes it back
+    smooth: float = 0.0  # SmoothQuant's alpha: 0 = off; 0.5 shares outliers of channels between activation and weights
     policy: str = "default"  # a shipped policy by name (calib/policy), or a TOML file
     cpu_weights: Literal["auto", "8bit", "7bit"] = "auto"  # auto: 7 bits where this CPU is x86 without VNNI
 
     def __post_init__(self) -> None:
-        check(self, "quant", {"images": (1, 10**7), "percentile": (50, 100)})
+        check(self, "quant", {"images": (1, 10**7), "percentile": (50, 100), "smooth": (0, 1)})
 
     @property
     def observer_option(self) -> float | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, NodeProto
 
-from edgedetr.artifacts import GRAPHS, ONNX, verified_pairs
+from edgedetr.artifacts import GRAPHS, ONNX, RANGES, verified_pairs
 from edgedetr.bundle import Bundle
 from edgedetr.data.images import decode
 from edgedetr.errors import EdgedetrError
@@ -23,9 +23,11 @@ from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.progress import Progress
+from edgedetr.quantization.calibration import Ranges
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.patterns import Measured, Pattern, matching, picture
 from edgedetr.quantization.quantized_pairs import QuantizedPair, pairs_of
+from edgedetr.quantization.smoothing import smoothed
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.cure_record import about_cures, cures_in
 from edgedetr.runtime.onnx_bytes import metadata, read
@@ -137,7 +139,7 @@ def localize(
     for number, graph in enumerate(graphs, 1):
         # Other quantizers take the float graph as it is; ours are made of its split form, which has other tensors.
         whole = read_bundle_graph(bundle.require(ONNX.file))
-        plain = whole if graph.quantizer else split_concats(whole)
+        plain = whole if graph.quantizer else _as_quantized(bundle, split_concats(whole))
         found = damaged_tensors(plain, read_bundle_graph(bundle.require(graph.file)), images)
         findings += [replace(finding, artifact=graph.id, known=_for(bundle, finding)) for finding in found]
         checked.append(f"{graph.id}: {len(found)} tensors damaged by their own Q/DQ pair")
@@ -224,6 +226,12 @@ def damaged_tensors(
                 findings.setdefault(finding.node, finding)
     order = {node.name: number for number, node in enumerate(graph.nodes)}
     return sorted(findings.values(), key=lambda finding: order.get(finding.node, 0))[:MOST_FINDINGS]
+
+
+def _as_quantized(bundle: Bundle, plain: ModelProto) -> ModelProto:
+    """The float graph that our INT8 graphs were made of: SmoothQuant divides some of its tensors."""
+    smooth = Ranges.load(bundle.require(RANGES.file)).smooth if bundle.has(RANGES.file) else {}
+    return smoothed(GraphIndex(plain), smooth) if smooth else plain
 
 
 def _values(

@@ -49,7 +49,7 @@ class Placement:
     int8        ids of groups
     observers   {group id: label of an observer ("mse", "percentile 99.9")} where it is not that of quant.observer; it
                 decides the ranges of the tensors that the group reads. The first group that reads a tensor decides
-    smooth      {group id: alpha} SmoothQuant, folded into the layer before the group; not supported yet, and refused
+    smooth      {group id: alpha} SmoothQuant where it is not quant.smooth; the first group that reads a tensor decides
     """
 
     int8: tuple[str, ...]
@@ -130,8 +130,6 @@ def plan_for(graph: GraphIndex, policy: Policy, placement: Placement | None) -> 
     """
     if placement is None:
         return make_plan(graph, policy)
-    if placement.smooth:
-        raise ExportError(f"placement: SmoothQuant is not supported yet; expected no alphas in `smooth`; {FIX}")
     groups = _named_groups(graph, policy, placement)
     chosen = {name for group in groups for name in group.nodes if group.id in set(placement.int8)}
     roles = node_roles(graph.model)
@@ -183,6 +181,12 @@ def observers_of(
     return found
 
 
+def alphas_of(graph: GraphIndex, policy: Policy, placement: Placement | None, default: float) -> dict[str, float]:
+    """{node: alpha of SmoothQuant at its input}: its group's in the placement, otherwise `default` (quant.smooth)."""
+    chosen = placement.smooth if placement else {}
+    return {name: chosen.get(group.id, default) for group in groups_of(graph, policy) for name in group.nodes}
+
+
 # ------------------------------------------------------------------------------------------------------- the INT8 model
 
 
@@ -224,6 +228,8 @@ def quantized_model(
     Without a group it computes exactly what the float model does. Export's last steps, `qdq.runnable` and FP16, are
     left to the caller.
     """
+    if placement is not None and placement.smooth:
+        raise ExportError(f"placement: only an export smooths; expected no alphas in `smooth` here; {FIX}")
     plan = plan_for(graph, policy, placement)
     amax = ranges.resolved(observers_of(graph, policy, placement, plan))
     return insert_qdq(graph, plan, share_pool_ranges(graph.model, amax), target, shifts)

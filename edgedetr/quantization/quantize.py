@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +28,11 @@ from edgedetr.quantization.calibration import Ranges, choose_images, evenly_spac
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.cures import cured, cured_plan, faults
-from edgedetr.quantization.placement import Placement, observers_of, plan_for
+from edgedetr.quantization.placement import Placement, alphas_of, observers_of, plan_for
 from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy, without_cures
 from edgedetr.quantization.qdq import insert_qdq, runnable
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.smoothing import Folds, folds_of, smoothed
 from edgedetr.quantization.target import CPU, TENSORRT, Target, weight_bits
 from edgedetr.runtime.backends.base import MADE_BY
 from edgedetr.runtime.cure_record import recorded
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 FLOAT_LAYERS = "edgedetr.float_layers"  # metadata: layers that are not INT8, JSON {reason: [node names]}
 FLOAT32_NODES = "edgedetr.float32_nodes"  # metadata of a graph with FP16: nodes in float32, JSON {reason: [node names]}
 PRODUCTS = "products"  # in MADE_BY: how the graph for a CPU writes matrix products; up to 0.2 it did not say so
+SMOOTH = "smooth"  # in MADE_BY: how many tensors are smoothed; absent where none is
 NOT_CORRECTED = "biases are not corrected"
 ABSMAX_IMAGES = 8  # on these the magnitudes for FP16 are observed; fp16.MAX_ABSMAX leaves a factor of 2 for the others
 
@@ -100,12 +103,35 @@ def quantize(
         log.warning("policy %s: the cure changes nothing in this graph, which has no such layer in INT8", policy.name)
     tensors = tensors_to_observe(graph, plan)
     observers = observers_of(graph, policy, placement, plan)
-    ranges = ranges_of(bundle, model, tensors, config, policy.name, observers=observers, calib=calib, progress=progress)
+    folds = folds_of(graph, plan, alphas_of(graph, policy, placement, config.smooth))
+    if folds.left or folds.possible:
+        _say_what_is_smoothed(folds)
+    ranges = ranges_of(
+        bundle,
+        model,
+        tensors,
+        config,
+        policy.name,
+        observers=observers,
+        folds=folds.possible,
+        calib=calib,
+        progress=progress,
+    )
+    if folds.possible:
+        graph = GraphIndex(smoothed(graph, ranges.smooth))
     job = _Job(bundle, graph, policy, config, calib, progress, placement, cure_for)
     for target in (TENSORRT, replace(CPU, weight_bits=weight_bits(config.cpu_weights))):
         _write_int8(job, plan, ranges, target)
     log.info("%d layers INT8, %d float", len(plan.layers), len(plan.float_layers))
     return plan
+
+
+def _say_what_is_smoothed(folds: Folds) -> None:
+    reasons = Counter(folds.left.values())
+    why = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
+    total = len(folds.possible) + len(folds.left)
+    text = "SmoothQuant: the inputs of %d of %d INT8 products are smoothed%s"
+    log.warning(text, len(folds.possible), total, f", the others stay as they are ({why})" if why else "")
 
 
 def export_fp16(
@@ -163,6 +189,7 @@ def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Targe
         "layers_int8": len(plan.layers),
         "layers_float": len(plan.float_layers),
         **({"placement": job.placement.sha256()} if job.placement else {}),
+        **({SMOOTH: len(ranges.smooth), "alpha": job.config.smooth} if ranges.smooth else {}),
         **recorded(chosen.cures),
     }
     made_by = json.dumps({**about, "bias_correction": [IMAGES, PARTS]} if job.config.bias_correction else about)

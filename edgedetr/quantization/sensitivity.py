@@ -18,7 +18,7 @@ import numpy as np
 from edgedetr.artifacts import ONNX
 from edgedetr.bundle import Bundle
 from edgedetr.data.images import decode
-from edgedetr.errors import ExportError
+from edgedetr.errors import ExportError, UsageError
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.options import one_of
 from edgedetr.progress import Progress
@@ -123,6 +123,11 @@ def sensitivity(
     """
     one_of("level", level, ("layer", "part"))
     bundle, config = Bundle.open(bundle), config or QuantConfig()
+    if config.smooth:
+        raise UsageError(
+            f"quant.smooth is {config.smooth:g}: sensitivity measures layers without SmoothQuant; add: "
+            "--set quant.smooth=0"
+        )
     model = split_concats(read_onnx(bundle.require(ONNX.file)))
     policy = load_policy(config.policy)
     check_policy(model, policy)

@@ -92,11 +92,11 @@ def test_an_unknown_group_and_an_unknown_observer_are_named(case):
         quantized_model(graph, POLICY, Placement((name,), {name: "entropy"}), ranges, CPU)
 
 
-def test_smoothing_is_refused_and_not_ignored(case):
-    _, graph, _, _ = case
+def test_smoothing_outside_an_export_is_refused_and_not_ignored(case):
+    _, graph, _, ranges = case
     name = groups_of(graph, POLICY)[0].id
-    with pytest.raises(ExportError, match="SmoothQuant is not supported yet"):
-        plan_for(graph, POLICY, Placement((name,), smooth={name: 0.5}))
+    with pytest.raises(ExportError, match="only an export smooths"):
+        quantized_model(graph, POLICY, Placement((name,), smooth={name: 0.5}), ranges, CPU)
 
 
 def test_a_placement_is_read_back_and_its_digest_depends_on_its_values(tmp_path):

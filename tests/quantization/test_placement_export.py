@@ -135,3 +135,16 @@ def test_export_cures_a_known_pattern_for_the_target_and_says_so(copy, monkeypat
     assert len(result.notes) == 1 and quantized_layers(bundle, "model.int8.onnx") == {first, linear}
     before = dict(bundle.manifest.files)
     assert edgedetr.export(bundle, int8=True, known_cures=False, sets=sets).bundle.manifest.files == before
+
+
+def test_export_smooths_what_it_can_and_keeps_the_files(copy, caplog):
+    bundle, _, _ = copy
+    sets = (*SETS, "quant.bias_correction=false", "quant.smooth=0.5", 'quant.policy="default"')
+    edgedetr.export(bundle, int8=True, sets=sets)
+    assert "the others stay as they are" in caplog.text
+    ranges, before = Ranges.load(bundle.require("ranges.json")), dict(bundle.manifest.files)
+    assert ranges.smooth and {one.alpha for one in ranges.smooth.values()} == {0.5}
+    assert edgedetr.export(bundle, int8=True, sets=sets).bundle.manifest.files == before
+    edgedetr.export(bundle, int8=True, sets=(*sets, "quant.smooth=0"))
+    plain = Ranges.load(bundle.require("ranges.json"))
+    assert not plain.smooth and all(plain.amax[name] != ranges.amax[name] for name in ranges.smooth)

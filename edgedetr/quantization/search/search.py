@@ -83,6 +83,11 @@ def search(
     if not 0 < max_drop <= 100:
         raise UsageError(f"the budget is {max_drop:g}; expected points of AP, more than 0 and at most 100")
     config, verify = config or QuantConfig(), verify or VerifyConfig.from_bundle(bundle)
+    if config.smooth:
+        raise UsageError(
+            f"quant.smooth is {config.smooth:g}: a search compares layers without SmoothQuant; add: "
+            "--set quant.smooth=0"
+        )
     sets = image_sets(bundle, config, calib, images, verify.seed)
     policy = load_policy(config.policy)
     state = SearchState(

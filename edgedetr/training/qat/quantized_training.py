@@ -138,8 +138,10 @@ class PlannedGraph:
         model = split_concats(read_onnx(bundle.require(ONNX.file)))
         policy, graph = load_policy(quant.policy), GraphIndex(model)
         check_policy(model, policy)
-        if placement is not None and placement.smooth:
-            raise TrainingError(f"{bundle.path}: quantization-aware training does not support SmoothQuant")
+        if quant.smooth or (placement is not None and placement.smooth):
+            raise TrainingError(
+                f"{bundle.path}: quantization-aware training does not support SmoothQuant; add: --set quant.smooth=0"
+            )
         plan = plan_for(graph, policy, placement)
         if plan.products:
             raise TrainingError(
