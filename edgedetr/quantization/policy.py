@@ -88,12 +88,12 @@ def node_roles(model: ModelProto) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------- the policy
 
 
-# {digest of this version's default policy: of the one, by node names, that kept the same layers float}. A device that
-# has a bundle but no calibration images would otherwise write its graphs again without bias correction.
+# {digest of a version's default policy: of the one, by node names, that kept the same layers float}. A device that has
+# a bundle but no calibration images would otherwise write its graphs again without bias correction.
+_BY_NAMES = "62eb5149a85aecf325711ae1902ce48a4d0197de1e1a95836c7a3aff4b1bd8dd"
 _SAME_LAYERS = {
-    "bbb463e77815b46ab9b5bffd03ae49113759553a6d7f70bd02fc5791af1b6930": (
-        "62eb5149a85aecf325711ae1902ce48a4d0197de1e1a95836c7a3aff4b1bd8dd"
-    )
+    "ddb86e2f82520cb8a90be82afaf4949cedcaf2b6dc8f12bbff1b6d5891c2f3ce": _BY_NAMES,  # this version
+    "bbb463e77815b46ab9b5bffd03ae49113759553a6d7f70bd02fc5791af1b6930": _BY_NAMES,  # one reason in other words
 }
 
 
