@@ -152,7 +152,7 @@ class ImportedOnnxModel:
             "folded": self.folded,
             "gathered": self.gathered,
             "objects": self.objects,
-            "pictures": self.images,
+            "images": self.images,
         }
 
 

@@ -19,7 +19,7 @@ from edgedetr.errors import ModelError, first_line
 from edgedetr.packages import missing
 from edgedetr.progress import Progress
 from edgedetr.published import download as downloads
-from edgedetr.published.network import told_offline, why_unreachable
+from edgedetr.published.network import offline_by_choice, why_unreachable
 from edgedetr.storage.atomic import atomic_write
 
 log = logging.getLogger(__name__)
@@ -89,8 +89,8 @@ def _commit_of(folder: Path, revision: str) -> str:
 
 def why_offline() -> str:
     """Why the hub cannot be asked; "" where it can."""
-    if told := told_offline():
-        return told
+    if reason := offline_by_choice():
+        return reason
     constants = _constants()
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"

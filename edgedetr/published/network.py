@@ -21,8 +21,8 @@ def why_unreachable(address: str) -> str:
 
     The name is looked up in a thread of its own, because the C library waits for a name server as long as it likes.
     """
-    if told := told_offline():
-        return told
+    if reason := offline_by_choice():
+        return reason
     host, port = _first_host(address)
     place = f"{host}:{port}"
     when, reason = _unreachable.get(place, (0.0, ""))
@@ -38,7 +38,7 @@ def why_unreachable(address: str) -> str:
     return reason
 
 
-def told_offline() -> str:
+def offline_by_choice() -> str:
     """Why the network must not be used: a variable of the environment says so; "" where none does."""
     for name in OFFLINE:
         if os.environ.get(name, "").strip().upper() in ("1", "ON", "YES", "TRUE"):

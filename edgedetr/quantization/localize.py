@@ -25,7 +25,7 @@ from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.progress import Progress
 from edgedetr.quantization.calibration import Ranges
 from edgedetr.quantization.concat_split import split_concats
-from edgedetr.quantization.patterns import Measured, Pattern, matching, picture
+from edgedetr.quantization.patterns import Measured, Pattern, matching, surroundings
 from edgedetr.quantization.quantized_pairs import QuantizedPair, pairs_of
 from edgedetr.quantization.smoothing import smoothed
 from edgedetr.runtime.backends import base
@@ -199,7 +199,7 @@ def departure_of(path: Path, backend: str, images: np.ndarray, *, threads: int |
         found.node,
         found.operator,
         found.tensor,
-        picture(graph, node) if node is not None else found.operator,
+        surroundings(graph, node) if node is not None else found.operator,
         found.inputs_db,
         found.sqnr_db,
         known=_known(graph, node, Measured(backend)) if node is not None else (),
@@ -280,7 +280,7 @@ def _judged(pair: QuantizedPair, values: Sequence[np.ndarray], plain: GraphIndex
         node.name,
         node.op_type,
         pair.tensor,
-        picture(graph, node),
+        surroundings(graph, node),
         float("inf"),
         worst,
         share,

@@ -17,7 +17,7 @@ from edgedetr.quantization.policy import PolicyRule, rules_of
 from edgedetr.storage.reading import read_toml
 
 SHORT = {"QuantizeLinear": "Q", "DequantizeLinear": "DQ"}
-STEPS_DOWN = 3  # nodes behind the found one in a picture
+STEPS_DOWN = 3  # nodes behind the found one in the text of its surroundings
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _after(graph: GraphIndex, node: NodeProto) -> Iterator[NodeProto]:
             yield consumer.node
 
 
-def picture(graph: GraphIndex, node: NodeProto) -> str:
+def surroundings(graph: GraphIndex, node: NodeProto) -> str:
     """The operators around a node in one line of text: "Resize, Conv -> Concat -> Q -> DQ -> Conv"."""
     parts = [_operators(_before(graph, node))] if any(True for _ in _before(graph, node)) else []
     parts.append(_operators([node]))

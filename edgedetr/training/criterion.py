@@ -56,7 +56,7 @@ class Losses:
         return replace(self, total=self.total + distance, teacher=known)
 
     def stacked(self) -> Tensor:
-        """[9] float32 in the order of NAMES, so that one copy from the device brings them all."""
+        """[9] float32 in the order of NAMES, so that one copy from the device has them all."""
         own = [self.total, self.class_, self.l1, self.giou, self.auxiliary, self.encoder, self.denoising, self.sides]
         return torch.stack([*own, self.total.new_zeros(()) if self.teacher is None else self.teacher])
 

@@ -8,7 +8,7 @@ bundle but the class rows), "backbone" (its backbone alone) or "random". For eve
 measures how many epochs the minutes have time for, and the others are given that number: same network and images, so
 equal epochs are equal minutes. Early stop is off. The best epoch is chosen on the split "val"; AP is of the split
 "test". Finished trainings are kept, so that the script can be stopped; two of them with other --images or recipes may
-share FOLDER. The last lines are a Markdown table; FOLDER/RECIPE-whole-start.svg is its picture.
+share FOLDER. The last lines are a Markdown table; FOLDER/RECIPE-whole-start.svg is its chart.
 """
 
 from __future__ import annotations

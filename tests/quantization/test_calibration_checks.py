@@ -155,7 +155,7 @@ def convolutions() -> tuple[ModelProto, list[str]]:
     return model, [f"{kind}{n}" for n in range(4) for kind in "xc"] + ["x4"]
 
 
-def test_real_pictures_are_of_the_kind_of_their_own_set_and_cards_are_not_of_that_of_cells(shared_data, caplog):
+def test_real_images_are_of_the_kind_of_their_own_set_and_cards_are_not_of_that_of_cells(shared_data, caplog):
     def said_of(calibrated: str, split: str, trained: str) -> str:
         caplog.clear()
         paths = evenly_spaced([s.path for s in load(shared_data / calibrated, split).samples], 24)

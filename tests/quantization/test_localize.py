@@ -22,7 +22,7 @@ from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.cures import EDITS
 from edgedetr.quantization.localize import Finding, damaged_tensors, departure_of
-from edgedetr.quantization.patterns import Measured, matching, patterns, picture
+from edgedetr.quantization.patterns import Measured, matching, patterns, surroundings
 from edgedetr.quantization.policy import load_policy, make_plan
 from edgedetr.quantization.qdq import insert_qdq
 from edgedetr.quantization.qdq_moves import moved_before
@@ -218,7 +218,7 @@ def test_the_pattern_of_openvinos_fault_is_known_at_the_convolution_and_on_openv
     assert matching(graph, conv, Measured("onnxruntime")) == []
     unsigned = chain(*operators, zero=np.uint8(128))  # which OpenVINO computes as it is written
     assert matching(unsigned, unsigned.nodes[4], Measured("openvino")) == []
-    assert picture(graph, graph.nodes[1]) == "Resize -> Concat -> Q -> DQ -> Conv"
+    assert surroundings(graph, graph.nodes[1]) == "Resize -> Concat -> Q -> DQ -> Conv"
 
 
 def test_every_pattern_has_a_name_of_its_own_a_place_in_its_chain_and_words() -> None:

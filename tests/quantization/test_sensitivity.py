@@ -146,7 +146,7 @@ def test_the_rank_correlation_is_spearmans(rng):
     assert split_half_correlation(distances[:, :1]) is None
 
 
-def test_the_command_prints_the_rows_and_writes_table_and_picture(bundle, tmp_path):
+def test_the_command_prints_the_rows_and_writes_table_and_figure(bundle, tmp_path):
     arguments = ["sensitivity", str(bundle.path), "--set", "quant.images=8", "--json"]
     files = ["--csv", str(tmp_path / "s.csv"), "--plot", str(tmp_path / "s.svg")]
     result = CliRunner().invoke(cli, [*arguments, *files], catch_exceptions=False)
@@ -157,9 +157,9 @@ def test_the_command_prints_the_rows_and_writes_table_and_picture(bundle, tmp_pa
     table = list(csv.DictReader(io.StringIO((tmp_path / "s.csv").read_text())))
     assert [row["name"] for row in table] == [row["name"] for row in rows]
     assert float(table[0]["distance"]) == rows[0]["distance"]
-    picture = (tmp_path / "s.svg").read_text()
-    assert ElementTree.fromstring(picture).tag.endswith("svg")
-    assert "memory_projection" in picture
+    figure = (tmp_path / "s.svg").read_text()
+    assert ElementTree.fromstring(figure).tag.endswith("svg")
+    assert "memory_projection" in figure
 
 
 def test_an_unknown_level_is_refused(measured):

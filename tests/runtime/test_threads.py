@@ -87,7 +87,7 @@ def images() -> list[np.ndarray]:
 def wrong(call: Callable[[int], tuple[np.ndarray, ...]], number: int = IMAGES) -> int:
     """How many of 8 x 80 answers are not the single thread's, each thread beginning at its own image."""
     alone = [tuple(array.copy() for array in call(i)) for i in range(number)]
-    assert len({answer[0].tobytes() for answer in alone}) == number, "the answers cannot be told apart"
+    assert len({answer[0].tobytes() for answer in alone}) == number, "the answers cannot be distinguished"
 
     def work(thread: int) -> int:
         order = [(i + 10 * thread) % number for i in range(number)]

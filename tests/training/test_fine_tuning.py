@@ -226,7 +226,7 @@ def test_a_published_warm_up_on_a_small_set_is_noticed_and_the_preset_helps() ->
     assert not any("finetune" in note for note in found.notes)
 
 
-class Told(SilentTraining):
+class Notes(SilentTraining):
     """Keeps what a training says, and stops it after so many steps."""
 
     def __init__(self, stop: int = 0) -> None:
@@ -246,14 +246,14 @@ def test_an_automatic_training_says_its_numbers_writes_them_down_and_resumes(
     """14 images in batches of 4: 3 steps an epoch, 24 in all."""
     auto = {"epochs": 8, "warmup_steps": "auto", "ema_decay": "auto", "ema_warmup": "auto", "schedule": "auto"}
     recipe = micro.recipe(**auto, eval_every="auto", patience="auto", lr="auto", sizes="auto", batch=4)
-    straight = train(recipe, micro_data, tmp_path / "a", progress=(told := Told()))
-    assert "warm-up 1 steps (4.2 % of 24)" in told.notes
+    straight = train(recipe, micro_data, tmp_path / "a", progress=(said := Notes()))
+    assert "warm-up 1 steps (4.2 % of 24)" in said.notes
     written = Recipe.from_bundle(straight).train
     assert (written.warmup_steps, written.eval_every, written.patience) == (1, 1, 0)
     assert written.lr == 1e-3  # from random weights: half of 2e-4 for a batch of 4, and ten times at most
     assert not [name for name in AUTO if getattr(written, name) == "auto"]
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, micro_data, tmp_path / "b", progress=Told(stop=10))
+        train(recipe, micro_data, tmp_path / "b", progress=Notes(stop=10))
     again = Recipe.load(tmp_path / "a" / "recipe.toml")  # the numbers, or "auto" once more: the same training
     monkeypatch.setattr(planning.fine_tuning, "resolve", lambda config, **rest: Plan(config))  # and chosen only once
     train(again, micro_data, tmp_path / "b", resume=True)
@@ -267,9 +267,9 @@ def test_an_early_stop_is_said_and_a_resume_does_not_go_on(
     scores = iter([10.0, 30.0, 20.0, 30.0, 99.0])  # an equal AP is no better one
     real = Validator.measure
     monkeypatch.setattr(Validator, "measure", lambda self, found: replace(real(self, found), ap=next(scores)))
-    train(micro.recipe(epochs=9, patience=2), micro_data, tmp_path / "a", progress=(told := Told()))
+    train(micro.recipe(epochs=9, patience=2), micro_data, tmp_path / "a", progress=(said := Notes()))
     why = "no better AP in 2 evaluations (train.patience); the weights of epoch 2, AP 30.0, are kept"
-    assert told.notes == [f"stopped after epoch 4 of 9: {why}"]
+    assert said.notes == [f"stopped after epoch 4 of 9: {why}"]
     lines = [json.loads(line) for line in (tmp_path / "a/train/metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if line["kind"] == "eval"] == [1, 2, 3, 4]
     weights = digest(tmp_path / "a/weights.safetensors")

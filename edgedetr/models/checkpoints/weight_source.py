@@ -72,7 +72,7 @@ class WeightSource:
         return weight_files.read_shards(*self._shards()) if self._is_sharded() else self._load()
 
     def download(self) -> None:
-        """Bring all files into the cache without reading the tensors; a damaged or incomplete one is replaced.
+        """Load all files into the cache without reading the tensors; a damaged or incomplete one is replaced.
 
         Errors: ModelError.
         """

@@ -56,7 +56,7 @@ class Peer:
     name       what `export --quantizer` takes
     package    the distribution whose version is recorded
     needs      modules that it imports
-    settings   what it is told, by the names of its own options; what is not named keeps the quantizer's default
+    settings   what it is given, by the names of its own options; what is not named keeps the quantizer's default
     run        (float graph, images, file to write, settings); imports the quantizer when it is called
     """
 

@@ -171,7 +171,7 @@ def certify(
 
 
 def judge_look(candidate: int, look: Look, drops: np.ndarray, budget: float, images: int) -> LookResult:
-    """One look: accepted where the bound is within the budget, rejected where nothing can bring it there any more."""
+    """One look: accepted where the bound is within the budget, rejected where it cannot get there any more."""
     resampled = _finite(drops)
     drop = float(drops[0]) if np.isfinite(drops[0]) else 100.0
     se = float(resampled.std()) if resampled.size else 100.0
