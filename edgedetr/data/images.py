@@ -145,6 +145,15 @@ def size(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[i
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
+def frame_count(path: str | Path) -> int:
+    """Frames of an animation or pages of a TIFF, of which `decode` takes the first; 1 for photos, also of several."""
+    try:
+        with _open(path, MAX_PIXELS) as image:
+            return 1 if image.format in ("JPEG", "MPO") else int(getattr(image, "n_frames", 1))
+    except Exception:  # noqa: BLE001  # counting reads all of a file whose first frame may be whole
+        return 1
+
+
 def probe(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) like `size`; a JPEG or PNG without its end marker is decoded, to detect truncation."""
     found = size(path, max_pixels=max_pixels)

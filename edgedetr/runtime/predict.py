@@ -186,14 +186,17 @@ def _files(path: Path) -> list[Path]:
         # A broken link is kept: decoding it raises the error.
         found = sorted(file for file in usable if os.path.isfile(file) or os.path.islink(file))
     if not found:
-        raise DataError(f"{path}: {what}; expected images, a folder of them, a pattern in quotes or a video")
+        hint = f"; a camera is /dev/video{path}" if str(path).isdecimal() else ""
+        raise DataError(f"{path}: {what}; expected images, a folder of them, a pattern in quotes or a video{hint}")
     return found
 
 
 # Files are read by edgedetr.data; a detector takes arrays and needs neither it nor Pillow.
 def _decode(path: Path) -> np.ndarray:
-    from edgedetr.data.images import decode
+    from edgedetr.data.images import decode, frame_count
 
+    if (count := frame_count(path)) > 1:
+        log.warning("%s: has %d frames or pages, and the first alone is read; save it as a video for all", path, count)
     return decode(path)
 
 

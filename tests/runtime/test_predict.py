@@ -53,6 +53,20 @@ def test_folders_are_searched_in_order_and_broken_files_are_left_out_with_a_warn
     assert "broken.png" in caplog.text
 
 
+@pytest.mark.parametrize("name, options", [("a.gif", {}), ("a.tiff", {}), ("a.webp", {"lossless": True})])
+def test_frames_of_an_animation_after_the_first_are_said(tmp_path, red, caplog, name, options):
+    pages = [Image.fromarray(pixels) for pixels in (red, 255 - red, red)]
+    pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:], **options)
+    (frame,) = frames([tmp_path / name])
+    assert np.abs(frame.image.astype(int) - red).max() <= 2  # a GIF has a palette
+    assert "has 3 frames or pages, and the first alone is read" in caplog.text
+
+
+def test_a_number_is_no_camera_and_the_name_of_one_is_said():
+    with pytest.raises(DataError, match="a camera is /dev/video0"):
+        list(frames(["0"]))
+
+
 def test_a_broken_file_that_was_named_is_an_error(folder):
     with pytest.raises(DataError, match="broken.png"):
         list(frames([folder / "broken.png"]))
