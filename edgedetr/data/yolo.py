@@ -78,7 +78,7 @@ def _darknet_lists(root: Path) -> dict[str, Source]:
         resolver = PathResolver(root, [root])
         for line in read_text(file, DataError).splitlines():
             key, equals, value = (part.strip() for part in line.partition("="))
-            if equals and value and key in ("train", "valid", "val", "test"):
+            if equals and value and canonical_split_name(key) in SPLITS:
                 found[canonical_split_name(key)] = Source((_image_source(resolver, value, key, file),))
     return found
 
@@ -161,7 +161,7 @@ def _describes(file: Path) -> bool:
         found = data_yaml.read(file)
     except DataError:
         return False
-    return "names" in found and any(key in found for key in ("train", "val", "valid"))
+    return "names" in found and any(canonical_split_name(key) in ("train", "val") for key in found)
 
 
 def _named_splits(root: Path, description: Path, absent: list[DataIssue] | None = None) -> dict[str, Source]:
@@ -179,19 +179,24 @@ def _named_splits(root: Path, description: Path, absent: list[DataIssue] | None 
             hint = f"; its path is {elsewhere}: copy {description.name} there, and name that folder by --data"
     resolver = PathResolver(root, list(dict.fromkeys([base, root])))
     found: dict[str, Source] = {}
-    for key in ("train", "val", "valid", "validation", "test"):
-        value = described.get(key, "")
+    # CVAT writes the names of its subsets: `Train: Train.txt`.
+    keys = [key for split in SPLITS for key in described if canonical_split_name(key) == split]
+    for key in keys:
+        value = described[key]
         texts = [text for text in (value if isinstance(value, list) else [value]) if text not in ("", *NO_VALUE)]
         try:
             there = tuple(_image_source(resolver, text, key, description, hint) for text in texts)
         except DataError as error:
-            if key != "test" or not found:
+            if canonical_split_name(key) != "test" or not found:
                 raise
             if absent is not None:
                 absent.append(DataIssue("missing-split", str(description), f"{error}; the set has no test split", True))
             continue
         if there and found.setdefault(canonical_split_name(key), Source(there)) != Source(there):
-            raise DataError(f"{description}: {key} is another name of the split val, which has other images; keep one")
+            split = canonical_split_name(key)
+            raise DataError(
+                f"{description}: {key} is one of two names of the split {split}, with other images; keep one"
+            )
     return found
 
 

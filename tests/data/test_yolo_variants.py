@@ -297,8 +297,9 @@ def test_a_path_to_another_folder_is_named_with_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     "lines, said",
     [
+        ("Train: gone.txt", "Train: 'gone.txt' is not a folder or list"),
         ("train: {a: images/train}", "train: .* is not a folder or list"),
-        ("train: images/train\nval: images/train\nvalid: images", "valid is another name of the split val"),
+        ("train: images/train\nval: images/train\nvalid: images", "valid is one of two names of the split val"),
     ],
 )
 def test_a_split_that_cannot_be_meant_is_refused(tmp_path, lines, said):
