@@ -63,7 +63,7 @@ def find(root: Path) -> dict[str, Source]:
     if annotations is not None and image_folder is not None:
         lists = _lists(root)
         for file in lists:
-            split = canonical_split_name(file.stem)
+            split = _split_of(file)
             # Other lists are of one class (aeroplane_train.txt).
             if split in SPLITS:
                 found[split] = Source(_listed(annotations, file, annotated), image_folder, complete=False)
@@ -90,8 +90,13 @@ def _lists(root: Path) -> list[Path]:
         [file for file in children(folder) if file.suffix.lower() == ".txt" and os.path.isfile(file)]
         for folder in folders
     ]
-    of_splits = ([file for file in files if canonical_split_name(file.stem) in SPLITS] for files in lists)
+    of_splits = ([file for file in files if _split_of(file) in SPLITS] for files in lists)
     return next(filter(None, of_splits), lists[0] if folders[0] == main else [])
+
+
+def _split_of(listing: Path) -> str:
+    """The split that a text file lists; PaddlePaddle calls it train_list.txt."""
+    return canonical_split_name(listing.stem.lower().removesuffix("_list"))
 
 
 def _split_folders(annotations: Path, image_folder: Path) -> dict[str, Source]:

@@ -147,20 +147,20 @@ def test_lists_of_other_names_are_said_to_be_unused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "folder, line",
+    "file, line",
     [
-        ("ImageSets", "{}"),
-        (".", "{}"),
-        (".", "JPEGImages/{}.jpg Annotations/{}.xml"),
-        (".", "./JPEGImages/{}.jpg\t./Annotations/{}.xml"),
-        (".", "/home/me/VOCdevkit/VOC2007/JPEGImages/{}.jpg"),
+        ("ImageSets/{}.txt", "{}"),
+        ("{}.txt", "{}"),
+        ("{}_list.txt", "JPEGImages/{}.jpg Annotations/{}.xml"),
+        ("{}.txt", "./JPEGImages/{}.jpg\t./Annotations/{}.xml"),
+        ("{}.txt", "/home/me/VOCdevkit/VOC2007/JPEGImages/{}.jpg"),
     ],
 )
-def test_lists_of_splits_elsewhere_than_in_main_keep_the_splits_apart(tmp_path, folder, line):
+def test_lists_of_splits_elsewhere_than_in_main_keep_the_splits_apart(tmp_path, file, line):
     voc(tmp_path, ("a b", "c"))
-    text(tmp_path / folder / "train.txt", line.replace("{}", "a b") + "\n")
-    text(tmp_path / folder / "val_list.txt", "")
-    text(tmp_path / folder / "valid.txt", line.replace("{}", "c") + "\n")
+    text(tmp_path / file.format("train"), line.replace("{}", "a b") + "\n")
+    text(tmp_path / "labels.txt", "dog\n")
+    text(tmp_path / file.format("valid"), line.replace("{}", "c") + "\n")
     assert layouts.splits(tmp_path) == {"train": 1, "val": 1}
     assert [sample.path.name for sample in layouts.load(tmp_path, "val").samples] == ["c.jpg"]
     assert [sample.path.name for sample in layouts.load(tmp_path, "train").samples] == ["a b.jpg"]
