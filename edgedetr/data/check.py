@@ -27,6 +27,7 @@ SMALL, MEDIUM = 32.0**2, 96.0**2  # COCO's limits of small and medium, pixels^2 
 IMBALANCE = 10.0  # objects of the most frequent class per object of the rarest, from which it is an issue
 SHOWN = 20  # issues of one kind that `lines` lists; JSON has all
 NAMED = 8  # files that one issue lists by name
+DARK = 64  # of 255: white of a 14-bit file that is read as one of 16 bits is 63
 
 
 @dataclass(frozen=True)
@@ -137,17 +138,21 @@ def check(
     for found in sets:
         issues += found.issues
         hashes[found.name] = []
+        dark: list[Path] = []
         for sample in found.samples:
             try:
                 with images.open_plain(sample.path) as stream:
                     content = stream.read()
-                hashes[found.name].append((sample, near_duplicates.fingerprint(images.decode(sample.path))))
+                pixels = images.decode(sample.path)
+                dark += [sample.path][: int(pixels.max() < DARK)]
+                hashes[found.name].append((sample, near_duplicates.fingerprint(pixels)))
                 digests[hashlib.sha256(content).hexdigest()].append((found.name, sample.path))
             except (DataError, OSError) as error:
                 issues.append(DataIssue("unreadable-image", str(sample.path), str(error), True, len(sample.boxes)))
             done += 1
             if progress is not None:
                 progress(done, total)
+        issues += _dark(found.name, dark)
         whole = tuple(sample for sample, _ in hashes[found.name])
         if whole:
             reports.append(_report(replace(found, samples=whole), listed[found.name]))
@@ -186,6 +191,17 @@ def _report(found: DetectionSet, listed: int) -> SplitReport:
         objects_per_image=(min(counts), float(np.median(counts)), max(counts)) if counts else (0, 0.0, 0),
         sizes=dict(sizes.most_common(10)),
     )
+
+
+def _dark(split: str, paths: list[Path]) -> list[DataIssue]:
+    """An issue for images that are black to the eye: cameras and scanners write 10 to 14 bits into 16-bit files."""
+    if not paths:
+        return []
+    what = (
+        f"{len(paths)} images have no pixel of {DARK} or more, where white is 255: {_names(paths)}; 16-bit files are "
+        "read with white at 65535: if theirs is 4095 (12 bits) or 16383, multiply their values to fill the range"
+    )
+    return [DataIssue("dark-image", split, what)]
 
 
 def _near_copies(

@@ -106,6 +106,14 @@ def test_imbalance_and_absent_classes_are_notes(tmp_path):
     assert report.splits[0].per_class == {"cat": 11, "dog": 1}
 
 
+def test_twelve_bits_in_a_sixteen_bit_file_are_a_finding(tmp_path):
+    put_split(tmp_path, "train", {"a": random_pixels(1), "b": random_pixels(2)})
+    values = np.random.default_rng(3).integers(0, 4096, random_pixels(1).shape[:2]).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "images" / "train" / "a.png")
+    (note,) = (issue for issue in check(tmp_path).issues if issue.kind == "dark-image")
+    assert "1 images have no pixel of 64 or more" in note.what and "a.png" in note.what and not note.fatal
+
+
 def test_a_split_without_usable_images_is_one_finding(tmp_path):
     put_split(tmp_path, "train", {"a": random_pixels(1)})
     put_split(tmp_path, "test", {"b": random_pixels(2)})
