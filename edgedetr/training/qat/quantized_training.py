@@ -116,11 +116,11 @@ FIXED = ("start", "accept_license", "teacher", "feature_teacher", "denoising", "
 def _require_unchanged(found: Recipe, changed: Recipe) -> None:
     """Errors: UsageError where `found` sets what the training does not read, compared with `changed`."""
     keys = [f"train.{name}" for name in FIXED if getattr(found.train, name) != getattr(changed.train, name)]
-    keys += ["[model]"] if found.model != changed.model else []
+    keys += [f"[{name}]" for name in ("model", "input") if getattr(found, name) != getattr(changed, name)]
     if keys:
         raise UsageError(
-            f"--set {keys[0]} beside --qat: quantization-aware training takes model and weights from the bundle, which "
-            "is also the teacher, and trains all of them; leave it out"
+            f"--set {keys[0]} beside --qat: quantization-aware training takes model, input and weights from the "
+            "bundle, which is also the teacher, and trains all of them; leave it out"
         )
 
 

@@ -171,10 +171,19 @@ def test_an_observer_is_refused_because_ranges_are_learned():
 
 
 @pytest.mark.parametrize(
-    "given", ["train.start=B", "train.teacher=T", "train.denoising=100", "train.lora_rank=4", "model.queries=50"]
+    "given",
+    [
+        "train.start=B",
+        "train.teacher=T",
+        "train.denoising=100",
+        "train.lora_rank=4",
+        "model.queries=50",
+        "input.width=320",
+    ],
 )
 def test_what_the_training_does_not_read_is_refused(given):
-    key = given.partition("=")[0].replace("model.queries", "[model]")
+    section, key = given.partition("=")[0].split(".")
+    key = f"train.{key}" if section == "train" else f"[{section}]"
     with pytest.raises(UsageError, match=re.escape(f"--set {key} beside --qat")):
         quantized_recipe(Recipe.from_dict({}, where="test"), 100, [given])
 
