@@ -13,80 +13,23 @@ from pathlib import Path
 from edgedetr.bundle import ClassInfo
 from edgedetr.data import coco_boxes
 from edgedetr.data.cleaning import RawImage, RawObject, RawSplit, as_number, numbers, turn
-from edgedetr.data.detection_set import DataIssue, canonical_split_name
+from edgedetr.data.coco_files import IN_SPLIT, INSTANCES, KEYPOINTS, ROBOFLOW, find, is_coco, read_tables
+from edgedetr.data.detection_set import DataIssue
 from edgedetr.data.image_paths import PathResolver
 from edgedetr.data.images import is_image
-from edgedetr.data.listing import child, children, files
+from edgedetr.data.listing import child, files
 from edgedetr.errors import DataError
-from edgedetr.storage.reading import read_json
 
-ROBOFLOW = "_annotations.coco.json"
-IN_SPLIT = ("labels.json", "annotations.json")  # FiftyOne's train/labels.json with train/data/
-SPLITS = ("train", "val", "test")
-OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_", "stuff_", "panoptic_")
-TABLES = ("images", "annotations", "categories")
-LIMIT = 4 << 30  # bytes of one annotation file; COCO's own has 470 MB
+__all__ = ["count", "find", "identity", "is_coco", "read"]
 WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,38})")
 NAMED = 8  # files that one issue lists by name
 
 Identity = int | str  # of an image or a category
 
 
-def find(root: Path) -> dict[str, Path]:
-    """Annotation file of each split; empty where this is not a COCO layout."""
-    found: dict[str, Path] = {}
-    for file in _json_files(child(root, "annotations")):
-        if not file.name.startswith(OTHER_TASKS):
-            _put(found, canonical_split_name(file.stem.removeprefix("instances_")), file)
-    entries = children(root)
-    for folder in entries:
-        if os.path.isfile(folder / ROBOFLOW):
-            _put(found, canonical_split_name(folder.name), folder / ROBOFLOW)
-    for file in _json_files(root):
-        if canonical_split_name(file.stem.removeprefix("instances_")) in SPLITS:
-            _put(found, canonical_split_name(file.stem.removeprefix("instances_")), file)
-    if list(found) == ["default"]:  # CVAT's name for a set that has no splits
-        return {"train": found["default"]}
-    if not found:
-        found = {
-            canonical_split_name(folder.name): file
-            for folder in entries
-            if canonical_split_name(folder.name) in SPLITS
-            for name in IN_SPLIT
-            if os.path.isfile(file := folder / name) and is_coco(file)
-        }
-    if not found:
-        fitting = [file for file in _json_files(root) if is_coco(file)]
-        if len(fitting) == 1:
-            return {"train": fitting[0]}
-    return found
-
-
-def _json_files(folder: Path | None) -> list[Path]:
-    if folder is None or not os.path.isdir(folder):
-        return []
-    return [path for path in children(folder) if path.suffix.lower() == ".json" and os.path.isfile(path)]
-
-
-def is_coco(file: Path) -> bool:
-    try:
-        _tables(file)
-    except DataError:
-        return False
-    return True
-
-
-def _put(found: dict[str, Path], split: str, file: Path) -> None:
-    if split in found:
-        raise DataError(
-            f"both {found[split]} and {file} describe the split {split!r}; expected one; move the other away"
-        )
-    found[split] = file
-
-
 def count(root: Path, split: str, source: Path) -> int:
     """Images listed in a split."""
-    return len(_tables(source)["images"])
+    return len(read_tables(source)["images"])
 
 
 def read(root: Path, split: str, source: Path) -> RawSplit:
@@ -94,7 +37,7 @@ def read(root: Path, split: str, source: Path) -> RawSplit:
 
     Classes are in the order of their ids.
     """
-    tables = _tables(source)
+    tables = read_tables(source)
     issues: list[DataIssue] = []
     classes, index = _classes(tables["categories"], source, issues)
     objects = Counter(identity(row.get("image_id")) for row in tables["annotations"] if isinstance(row, dict))
@@ -138,16 +81,6 @@ def _in_64_bits(keys: Sequence[Identity]) -> bool:
     return all(isinstance(key, int) and -(2**63) <= key < 2**63 for key in keys)
 
 
-def _tables(source: Path) -> dict[str, list[object]]:
-    if os.path.isfile(source) and source.stat().st_size == 0:
-        raise DataError(f"{source}: empty; expected COCO annotations; restore the file")
-    raw = read_json(source, DataError, limit=LIMIT, fix="expected COCO annotations; restore the file")
-    if not isinstance(raw, dict) or any(not isinstance(raw.get(key), list) for key in TABLES):
-        found = sorted(map(str, raw))[:8] if isinstance(raw, dict) else type(raw).__name__
-        raise DataError(f"{source}: holds {str(found)[:200]}; expected an object with the lists {', '.join(TABLES)}")
-    return {key: raw[key] for key in TABLES}
-
-
 def _classes(
     rows: Sequence[object], source: Path, issues: list[DataIssue]
 ) -> tuple[tuple[ClassInfo, ...], dict[Identity, int]]:
@@ -185,7 +118,7 @@ def _image_paths(root: Path, split: str, source: Path) -> tuple[list[Path], Path
     if source.name in (ROBOFLOW, *IN_SPLIT) and source.parent != root:
         inner = [path for name in ("data", "images") if (path := child(source.parent, name)) is not None]
         return [source.parent], PathResolver(root, [*inner, source.parent])
-    raw = source.stem.removeprefix("instances_")
+    raw = source.stem.removeprefix(INSTANCES).removeprefix(KEYPOINTS)
     names = [raw, split] + (["valid", "validation"] if split == "val" else [])
     found = []
     image_folder = child(root, "images")

@@ -438,6 +438,16 @@ def test_xml_files_of_other_writers_are_found(tmp_path, texts, images):
     assert [len(sample.boxes) for sample in load(tmp_path).samples] == [1]
 
 
+def test_keypoint_files_are_read_where_there_are_no_instances(tmp_path):
+    for number in range(2):
+        put_image(tmp_path / "train2017" / f"{number}.jpg", number)
+    text(tmp_path / "annotations" / "person_keypoints_train2017.json", json.dumps(tables()))
+    found = load(tmp_path)
+    assert [len(sample.boxes) for sample in found.samples] == [2, 2] and kinds(found) == []
+    text(tmp_path / "annotations" / "instances_train2017.json", json.dumps(tables(1)))
+    assert len(load(tmp_path)) == 1
+
+
 def test_cvat_s_only_split_is_the_train_split(tmp_path):
     text(tmp_path / "annotations" / "instances_default.json", json.dumps(tables()))
     for number in range(2):
