@@ -19,6 +19,11 @@ Layout = Literal["coco", "yolo", "voc"]
 # Each reader: find(root) -> {split: source}, count(root, split, source) -> int, read(root, split, source) -> RawSplit.
 READERS: dict[str, Any] = {"coco": coco, "yolo": yolo, "voc": voc}
 
+
+class NoLayout(DataError):
+    """A folder without annotations of a known layout: perhaps a plain folder of images."""
+
+
 FEW = 20  # sub-folders in which a data set is searched
 EXPECTED = (
     "expected one of: COCO (annotations/train.json and images/train/), YOLO (data.yaml, or images/train/ and "
@@ -27,16 +32,16 @@ EXPECTED = (
 
 
 def detect(path: str | Path) -> str:
-    """ "coco", "yolo" or "voc". Errors: DataError where none or several fit."""
+    """ "coco", "yolo" or "voc". Errors: NoLayout where none fits, DataError where several do."""
     root = _root(path)
     fitting = [name for name, reader in READERS.items() if reader.find(root)]
-    if len(fitting) != 1:
-        what = (
-            f"has annotations of {' and '.join(fitting)}; expected one layout; move the other's annotations away"
-            if fitting
-            else f"no annotations of a known layout; {EXPECTED}{_deeper(root)}"
+    if not fitting:
+        raise NoLayout(f"{root}: no annotations of a known layout; {EXPECTED}{_deeper(root)}")
+    if len(fitting) > 1:
+        raise DataError(
+            f"{root}: has annotations of {' and '.join(fitting)}; expected one layout; "
+            "move the other's annotations away"
         )
-        raise DataError(f"{root}: {what}")
     return fitting[0]
 
 

@@ -21,7 +21,7 @@ from onnx import ModelProto
 from edgedetr.artifacts import RANGES, REFERENCE
 from edgedetr.bundle import Bundle, InputContract
 from edgedetr.data.images import decode
-from edgedetr.data.layouts import load, splits
+from edgedetr.data.layouts import NoLayout, load, splits
 from edgedetr.data.listing import images_in
 from edgedetr.data.near_duplicates import near_copies
 from edgedetr.errors import DataError, ExportError
@@ -369,7 +369,7 @@ def candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Path
         raise DataError(f"{directory}: no such directory; expected calibration images or a data set")
     try:
         names = splits(directory)
-    except DataError:  # no layout of annotations: a plain folder of images
+    except NoLayout:  # a plain folder of images
         return images_in(directory), directory
     split = "train" if "train" in names else next(iter(names))
     return [sample.path for sample in load(directory, split).samples], directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from edgedetr.bundle import InputContract
-from edgedetr.errors import ExportError
+from edgedetr.errors import DataError, ExportError
 from edgedetr.quantization.calibration import (
     CalibrationSet,
     calibrate,
+    candidates,
     changed_ranges,
     check_image_count,
     outlier_images,
@@ -120,3 +122,15 @@ def test_too_few_images_are_refused_and_few_are_warned_of(count, refused, warned
         else:
             check_image_count(images)
     assert bool(caplog.text) == warned
+
+
+def test_a_set_of_two_layouts_is_not_calibrated_on_as_a_folder_of_images(tmp_path):
+    bundle = SimpleNamespace(manifest=SimpleNamespace(data=None), path=tmp_path)
+    for name in ("images/train/a.jpg", "labels/train/a.txt", "annotations/train.json", "classes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match="has annotations of coco and yolo"):
+        candidates(bundle, tmp_path)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "images/train/a.jpg").rename(tmp_path / "plain" / "a.jpg")
+    assert candidates(bundle, tmp_path / "plain") == ([tmp_path / "plain" / "a.jpg"], tmp_path / "plain")
