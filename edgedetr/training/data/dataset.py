@@ -75,6 +75,16 @@ def open_splits(folder: Path, config: DataConfig) -> Splits:
             f"{train.root}: classes differ between {train.name} ({ours}) and {select.name} ({theirs}); "
             "expected the same in every split"
         )
+    known = {sample.path for sample in train.samples}
+    if shared := [sample.path for sample in select.samples if sample.path in known]:
+        log.warning(
+            "%d of %d images of %s are training images too (%s): its AP is higher than on new images; name another "
+            "split with --set data.select_split=NAME",
+            len(shared),
+            len(select),
+            select.name,
+            shared[0].name,
+        )
     return Splits(folder, config, train, select)
 
 

@@ -10,7 +10,9 @@ import micro
 import pytest
 
 from edgedetr.bundle import Bundle
+from edgedetr.data.detection_set import DataConfig
 from edgedetr.errors import DataError
+from edgedetr.training.data.dataset import open_splits
 from edgedetr.training.train import train
 
 
@@ -74,3 +76,12 @@ def test_a_class_with_objects_in_val_alone_is_refused_before_the_first_epoch(tmp
     with pytest.raises(DataError, match=r"\[val\]: has objects of the class 'huge', which in train is not among"):
         train(micro.recipe(epochs=1), root, tmp_path / "unusual.bundle")
     assert not (tmp_path / "unusual.bundle").exists()
+
+
+def test_images_of_val_that_are_trained_on_are_said(tmp_path, caplog):
+    root = micro.write_data(tmp_path / "data", 4, 2)
+    open_splits(root, DataConfig(select_split="train"))
+    assert "4 of 4 images of train are training images too" in caplog.text
+    caplog.clear()
+    open_splits(root, DataConfig())
+    assert "training images too" not in caplog.text
