@@ -124,7 +124,7 @@ def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterato
         as_path(source, f"sources[{index}]", "a path, or the text of a camera, stream or pipeline")
         if not str(source).strip():  # an unset shell variable; Path("") would be this folder
             raise UsageError(f"sources[{index}] is an empty text; expected a path, or . for this folder")
-    errors = _ReadErrors(alone=len(sources) == 1)
+    errors, moved = _ReadErrors(alone=len(sources) == 1), False
     for source in sources:
         try:
             found: list[Path | str] = [source] if video.is_live(source) else [*_files(Path(source))]
@@ -134,6 +134,7 @@ def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterato
         named = len(found) == 1 and str(found[0]) == str(Path(source))
         for file in found:
             moving = video.is_live(file) or _is_video(Path(file), named)
+            moved |= moving
             try:
                 if moving:
                     yield from _video(file, drop_late)
@@ -142,6 +143,8 @@ def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterato
                 errors.complete += 1
             except DataError as error:
                 errors.add(error, counts=named or moving)
+    if drop_late and not moved:
+        log.warning("dropping late frames has no effect on images: no source is a camera, a stream or a video")
     errors.finish()
 
 

@@ -62,6 +62,11 @@ def test_frames_of_an_animation_after_the_first_are_said(tmp_path, red, caplog, 
     assert "has 3 frames or pages, and the first alone is read" in caplog.text
 
 
+def test_dropping_late_frames_of_images_alone_is_said_to_have_no_effect(folder, caplog):
+    assert len(list(frames([folder / "b.png"], drop_late=True))) == 1
+    assert "no effect on images" in caplog.text
+
+
 def test_a_number_is_no_camera_and_the_name_of_one_is_said():
     with pytest.raises(DataError, match="a camera is /dev/video0"):
         list(frames(["0"]))
