@@ -77,6 +77,10 @@ def export(
         config = replace(config, sampling=sampling)
     if dynamic_batch:
         config = replace(config, dynamic_batch=True)
+    if bundle.has(ONNX.file) and not is_imported(bundle):
+        asked = {"sampling": sampling is not None, "dynamic_batch": dynamic_batch}
+        for sentence in undone(_made_by(bundle), config, [name for name, given in asked.items() if given]):
+            log.warning("%s: %s", bundle.path, sentence)
     export_onnx(bundle, config, progress)
     if fp16:
         export_fp16(bundle, config=quant, calib=calib, progress=progress)
@@ -146,6 +150,23 @@ def _require_finite(bundle: Bundle, detector: DetrModel) -> None:
 def _made_by(bundle: Bundle) -> str:
     properties = read_onnx(bundle.require(ONNX.file)).metadata_props
     return next((item.value for item in properties if item.key == f"{METADATA_PREFIX}export"), "")
+
+
+def undone(made_by: str, config: ExportConfig, asked: Sequence[str]) -> list[str]:
+    """A sentence for each option of an earlier export that this one, to which it is not given, takes back.
+
+    made_by   the settings of the present model.onnx as JSON; "" where it does not record them
+    asked     names of settings that are given to this export
+    """
+    found = []
+    for name, was in json.loads(made_by or "{}").items():
+        now = getattr(config, name, was)
+        if name in ("sampling", "dynamic_batch") and name not in asked and was != now:
+            found.append(
+                f"{ONNX.file} is made again: {name} was {json.dumps(was)} and is {json.dumps(now)} now; to keep it in "
+                f"every export: --set export.{name}={json.dumps(was)}"
+            )
+    return found
 
 
 def _probes(manifest: Manifest, dataset: DetectionSet | None) -> np.ndarray:

@@ -17,7 +17,7 @@ from edgedetr.bundle import Bundle, DataRecord
 from edgedetr.errors import BundleError, DataError, ExportError
 from edgedetr.evaluation.reference import Reference
 from edgedetr.exporting.config import ExportConfig
-from edgedetr.exporting.export import export
+from edgedetr.exporting.export import export, undone
 from edgedetr.lint.lint import lint
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.onnx_graph.index import GraphIndex
@@ -398,3 +398,13 @@ def test_a_large_image_set_is_sampled_evenly(dataset, tmp_path, copy):
     export(copy, int8=True, calib=folder, config=ExportConfig(), quant=QuantConfig(images=8))
     names = [image.name for image in Ranges.load(copy.require("ranges.json")).images]
     assert names == ["00.png", "03.png", "05.png", "08.png", "11.png", "14.png", "16.png", "19.png"]
+
+
+def test_an_option_of_an_earlier_export_that_is_taken_back_is_said():
+    made_by = json.dumps({"sampling": "grid_sample", "opset": 19, "dynamic_batch": True, "decoder_layers": 0})
+    said = undone(made_by, ExportConfig(), ["sampling"])
+    assert len(said) == 1 and "dynamic_batch was true and is false now" in said[0]
+    assert "--set export.dynamic_batch=true" in said[0]
+    assert len(undone(made_by, ExportConfig(), [])) == 2
+    assert undone(made_by, ExportConfig(sampling="grid_sample", dynamic_batch=True), []) == []
+    assert undone("", ExportConfig(), []) == []
