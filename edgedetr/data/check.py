@@ -88,6 +88,8 @@ class CheckReport:
                 f"{split.name}: {split.images} images ({split.without_objects} without objects), "
                 f"{split.objects} objects, {least} / {median:g} / {most} per image (least / median / most)"
             )
+            if split.crowd:
+                text.append(f"  {split.crowd} of these objects are crowds or `difficult`: neither learned nor judged")
             percent = 100 / max(split.objects, 1)
             text.append(
                 f"  sizes: {split.small * percent:.0f} % small, {split.medium * percent:.0f} % medium, "

@@ -106,6 +106,15 @@ def test_imbalance_and_absent_classes_are_notes(tmp_path):
     assert report.splits[0].per_class == {"cat": 11, "dog": 1}
 
 
+def test_objects_that_are_not_learned_are_counted_in_the_text(tmp_path):
+    put_split(tmp_path, "train", {"a": random_pixels(1), "b": random_pixels(2)})
+    tables = json.loads((tmp_path / "annotations" / "train.json").read_text())
+    assert not any("neither learned" in line for line in check(tmp_path).lines())
+    tables["annotations"][0]["iscrowd"] = 1
+    (tmp_path / "annotations" / "train.json").write_text(json.dumps(tables))
+    assert "  1 of these objects are crowds or `difficult`: neither learned nor judged" in check(tmp_path).lines()
+
+
 def test_twelve_bits_in_a_sixteen_bit_file_are_a_finding(tmp_path):
     put_split(tmp_path, "train", {"a": random_pixels(1), "b": random_pixels(2)})
     values = np.random.default_rng(3).integers(0, 4096, random_pixels(1).shape[:2]).astype(np.uint16)
