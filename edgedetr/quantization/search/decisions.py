@@ -11,8 +11,13 @@ from edgedetr.quantization.search.search_report import Candidate
 EXPECTED_SHARE = 0.5  # verification begins at the fastest placement expected to lose no more of the budget than this
 
 
-def placed(int8: tuple[str, ...], observers: Mapping[str, str]) -> Placement:
-    return Placement(int8, {name: observers[name] for name in int8 if name in observers})
+def placed(int8: tuple[str, ...], observers: Mapping[str, str], smooth: Mapping[str, float]) -> Placement:
+    """A placement of these groups, with the observers and the alphas that are named for them."""
+    return Placement(
+        int8,
+        {name: observers[name] for name in int8 if name in observers},
+        {name: smooth[name] for name in int8 if name in smooth},
+    )
 
 
 def predicted_latency(placement: Placement, costs: Costs) -> dict[str, float]:

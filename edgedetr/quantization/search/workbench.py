@@ -9,7 +9,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +32,14 @@ from edgedetr.quantization.distance_meter import DistanceMeter
 from edgedetr.quantization.groups import Group, groups_of
 from edgedetr.quantization.matched_distance import distances
 from edgedetr.quantization.observers import observer_of
-from edgedetr.quantization.placement import Placement, RangesByObserver, observers_of, plan_for
+from edgedetr.quantization.placement import Placement, RangesByObserver, alphas_of, observers_of, plan_for
 from edgedetr.quantization.policy import check_policy, load_policy
 from edgedetr.quantization.quantize import ABSMAX_IMAGES, int8_graph, read_onnx
 from edgedetr.quantization.quantized_tensors import quantized_tensors, tensors_to_observe
 from edgedetr.quantization.search.image_sets import ImageSets
 from edgedetr.quantization.search.search_state import SearchState
 from edgedetr.quantization.sensitivity import DIALECT
+from edgedetr.quantization.smoothing import Fold, Smoothing, checked_smoothing, folds_of, smoothed, smoothings
 from edgedetr.quantization.target import Target, weight_bits
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.backends.base import RawOutputs, Runner
@@ -47,6 +48,7 @@ from edgedetr.runtime.postprocess import Detections
 from edgedetr.runtime.postprocess import decode as decode_outputs
 from edgedetr.runtime.preprocess import prepare
 
+ALPHA = 0.5  # of SmoothQuant, where the search tries it (Xiao et al. 2023, section 5.1)
 OBSERVERS_TRIED = ("percentile 99.99", "mse")  # the two that lose least on published INT8 detectors
 
 
@@ -123,6 +125,55 @@ class Workbench:
 
         return RangesByObserver(labels[0], self.state.value(["ranges", *labels, *tensors], make))
 
+    # ---------------------------------------------------------------------------------------------------- SmoothQuant
+
+    @cached_property
+    def folds(self) -> tuple[Fold, ...]:
+        """Every tensor that can be smoothed."""
+        everywhere = {name: ALPHA for group in self.groups for name in group.nodes}
+        return folds_of(self.graph, plan_for(self.graph, self.policy, self.everything), everywhere).possible
+
+    @property
+    def smoothable(self) -> set[str]:
+        """Groups whose input can be smoothed."""
+        readers = {layer.node for fold in self.folds for layer in fold.readers}
+        return {group.id for group in self.groups if readers.intersection(group.nodes)}
+
+    @cached_property
+    def _factors(self) -> dict[str, Smoothing]:
+        def make() -> dict[str, object]:
+            found = smoothings(self.graph, self.folds, self._batches(self.sets.calibration.paths))
+            return {name: {"alpha": one.alpha, "factors": [*one.factors]} for name, one in found.items()}
+
+        stored = self.state.value(["smooth", ALPHA, *(fold.tensor for fold in self.folds)], make)
+        return {name: checked_smoothing(name, value) for name, value in stored.items()}
+
+    @cached_property
+    def _smoothed_graph(self) -> GraphIndex:
+        return GraphIndex(smoothed(self.graph, self._factors))
+
+    @cached_property
+    def _smoothed_ranges(self) -> RangesByObserver:
+        """As `ranges`, of the graph in which everything is smoothed that can be; only these tensors have others."""
+        labels, tensors = list(self.ranges.amax), list(self._factors)
+
+        def make() -> dict[str, dict[str, float]]:
+            paths, contract = self.sets.calibration.paths, self.bundle.manifest.input
+            found = observe(self._smoothed_graph.model, tensors, paths, contract, self.progress)
+            return {label: {n: h.amax(*observer_of(label)) for n, h in found.items()} for label in labels}
+
+        other = self.state.value(["smoothed ranges", ALPHA, *labels, *tensors], make)
+        merged = {label: {**self.ranges.amax[label], **other[label]} for label in labels}
+        return RangesByObserver(self.ranges.default, merged)
+
+    @cached_property
+    def smoothed_meter(self) -> DistanceMeter:
+        """As `meter`, where everything is smoothed that can be: for a group that is INT8 alone, only its own is."""
+        activation = self.bundle.manifest.output.activation
+        return DistanceMeter(self._smoothed_graph, self.policy, self._smoothed_ranges, DIALECT, activation)
+
+    # ---------------------------------------------------------------------------------------------------------------
+
     @property
     def other_observer(self) -> str:
         """Label of the observer that sensitive groups may take instead: it clips more, or less, than quant.observer."""
@@ -133,17 +184,29 @@ class Workbench:
         if not placement.int8:
             return self.graph.model
         plan = plan_for(self.graph, self.policy, placement)
-        amax = self.ranges.resolved(observers_of(self.graph, self.policy, placement, plan))
+        observers = observers_of(self.graph, self.policy, placement, plan)
+        amax, graph, absmax = self.ranges.resolved(observers), self.graph, lambda: self._absmax
+        if placement.smooth:
+            chosen = folds_of(graph, plan, alphas_of(graph, self.policy, placement, 0.0)).possible
+            factors = {fold.tensor: self._factors[fold.tensor] for fold in chosen}
+            amax |= {
+                name: value for name, value in self._smoothed_ranges.resolved(observers).items() if name in factors
+            }
+            graph = GraphIndex(smoothed(graph, factors))
+            absmax = partial(self._absmax_of, graph)
         batches = self._bias_batches if corrected and self.config.bias_correction else None
-        result = int8_graph(self.graph, plan, share_pool_ranges(self.graph.model, amax), self.dialect, batches)
+        result = int8_graph(graph, plan, share_pool_ranges(graph.model, amax), self.dialect, batches)
         if self.dialect.fp16:
-            result = convert_to_fp16(result, self._absmax, self.policy.float32_nodes(result)).model
+            result = convert_to_fp16(result, absmax(), self.policy.float32_nodes(result)).model
         return result
 
     @cached_property
     def _absmax(self) -> Mapping[str, float]:
+        return self._absmax_of(self.graph)
+
+    def _absmax_of(self, graph: GraphIndex) -> Mapping[str, float]:
         paths = evenly_spaced(self.sets.calibration.paths, ABSMAX_IMAGES)
-        return activation_absmax(self.graph, self._batches(paths))
+        return activation_absmax(graph, self._batches(paths))
 
     def _bias_batches(self) -> Iterator[np.ndarray]:
         return self._batches(evenly_spaced(self.sets.calibration.paths, IMAGES))

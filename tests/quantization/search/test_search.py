@@ -13,6 +13,7 @@ import onnx
 import pytest
 from bundle_fixtures import CLASSES, write_bundle
 from inspected_engine import inspected
+from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,7 @@ from edgedetr.lint.lint import require_no_errors
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.distance_meter import DistanceMeter
 from edgedetr.quantization.placement import Placement
-from edgedetr.quantization.quantize import export_fp16
+from edgedetr.quantization.quantize import export_fp16, quantize
 from edgedetr.quantization.search import costs as costing
 from edgedetr.quantization.search import search as searching
 from edgedetr.quantization.search.decisions import predicted_latency
@@ -262,19 +263,43 @@ def test_what_the_images_cannot_certify_exits_with_3_and_names_the_smallest_budg
     assert json.loads((again.path / "results/search.json").read_text())["outcome"] == "none"
 
 
-def bench_for_tensorrt(bundle: Bundle) -> searching._Search:
-    """A search for TensorRT up to its costs, on what the search for ONNX Runtime has kept."""
+def reopened(bundle: Bundle, target: str) -> searching._Search:
+    """A search for a target up to its costs, on what the search for ONNX Runtime has kept."""
     config = QuantConfig(images=8)
     sets = image_sets(bundle, config, None, 8, 0)
     identity = json.loads((bundle.path / "search/identity.json").read_text())
     identity.pop("schema")
-    bench = Workbench(bundle, TARGETS["tensorrt"], config, sets, SearchState(bundle, identity), threads=1)
+    bench = Workbench(bundle, TARGETS[target], config, sets, SearchState(bundle, identity), threads=1)
     return searching._Search(bench, 60, VerifyConfig())
+
+
+def test_smoothing_is_tried_where_it_is_possible_and_kept_where_it_is_better(again):
+    search = reopened(again, "onnxruntime")
+    bench, convolution = search.bench, search.bench.groups[0].id
+    name = min(bench.smoothable)
+    assert convolution not in bench.smoothable
+    placement = Placement((name,), smooth={name: 0.5})
+    value = search._distances([placement])[0]
+    distances = {name: 10 * value, convolution: 20 * value}
+    assert search._better_smoothed(distances, {}) == {name: 0.5}
+    assert distances == {name: value, convolution: 20 * value}
+    assert search._better_smoothed(distances, {}) == {}  # it is no better than that
+    # Its graph is the one that export writes.
+    quantize(again, config=QuantConfig(images=8), placement=placement)
+    written = onnx.load(again.path / "model.int8-cpu.onnx").graph
+    found = {item.name: numpy_helper.to_array(item) for item in bench.model(placement).graph.initializer}
+    assert found.keys() == {item.name for item in written.initializer}
+    for item in written.initializer:
+        stored = numpy_helper.to_array(item)
+        if stored.dtype.kind in "iu":  # ranges of both are equal to about 1e-7, so a bias may fall on the next level
+            assert np.abs(found[item.name].astype(int) - stored).max(initial=0) <= 1
+        else:
+            np.testing.assert_allclose(found[item.name], stored, rtol=1e-5, atol=1e-6)
 
 
 def test_a_search_for_tensorrt_takes_its_costs_from_a_profile_of_these_graphs(again, caplog):
     export_fp16(again, config=QuantConfig(images=8))
-    search = bench_for_tensorrt(again)
+    search = reopened(again, "tensorrt")
     modelled = search._costs()
     command = f"edgedetr build {again.path} --profile"
     assert not modelled.measured and "to the device" in caplog.text and command in caplog.text
