@@ -131,7 +131,7 @@ def _root(path: str | Path) -> Path:
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such directory; {EXPECTED}")
     if not children(root):
-        raise DataError(f"{root}: an empty directory; {EXPECTED}")
+        raise NoLayout(f"{root}: an empty directory; {EXPECTED}")
     return root
 
 
