@@ -41,7 +41,7 @@ def find(root: Path) -> dict[str, Path]:
 
 
 def split_of(file: Path) -> str:
-    """The split that a file's name tells: instances_val2017.json -> val."""
+    """The split that a file's name stands for: instances_val2017.json -> val."""
     return canonical_split_name(file.stem.removeprefix(INSTANCES).removeprefix(KEYPOINTS))
 
 

@@ -1,7 +1,7 @@
 """Cure an INT8 graph of the known patterns at which its target goes wrong (calib/patterns/known.toml).
 
 A pattern names edits of the quantized graph: another order of Q and DQ, or one scale for the inputs of a Concat. Where
-it names none, or they are not possible, the layer becomes a float island: it leaves the plan.
+it names none, or they are not possible, the layer becomes a float fallback: it leaves the plan.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ EDITS: Mapping[str, Callable[[ModelProto, str], ModelProto]] = {
     "move-behind": moved_behind,
 }
 WORDS = {"shared-scale": "one scale for the inputs", "move-before": "another order", "move-behind": "another order"}
-ISLAND = "a float island"
+FALLBACK = "a float fallback"
 
 
 @dataclass(frozen=True)
 class Cured:
-    """A graph, and what was found in it; float islands are named, and not yet made."""
+    """A graph, and what was found in it; float fallbacks are named, and not yet made."""
 
     model: ModelProto
     cures: tuple[Cure, ...] = ()
@@ -52,7 +52,7 @@ def cured(model: ModelProto, backends: Sequence[str]) -> Cured:
             except ExportError as error:
                 reason = f"{pattern.name}: no other cure is possible here ({error})"
             words = dict.fromkeys(WORDS[step.edit] for step in pattern.steps)
-            how = ISLAND if reason else ", ".join(words)
+            how = FALLBACK if reason else ", ".join(words)
             cures.append(Cure(backend, pattern.name, how, layer, reason))
             model = edited
     return Cured(model, tuple(cures))
@@ -84,8 +84,8 @@ def _edited(model: ModelProto, layer: str, pattern: Pattern) -> ModelProto:
 
 @dataclass(frozen=True)
 class CuredPlan:
-    """plan    without the layers that are float islands
-    cures   what `cured` will do to its graph, and the islands
+    """plan    without the layers that are float fallbacks
+    cures   what `cured` will do to its graph, and the fallbacks
     """
 
     plan: QuantizationPlan
@@ -114,10 +114,10 @@ def concerns(target: Target, backend: str) -> bool:
     return any(not (pattern.signed and target.uint8) for pattern in known)
 
 
-def _without(graph: GraphIndex, plan: QuantizationPlan, islands: Sequence[Cure]) -> QuantizationPlan:
-    if not islands:
+def _without(graph: GraphIndex, plan: QuantizationPlan, fallbacks: Sequence[Cure]) -> QuantizationPlan:
+    if not fallbacks:
         return plan
-    reasons = {cure.layer: cure.reason for cure in islands}
+    reasons = {cure.layer: cure.reason for cure in fallbacks}
     layers = tuple(layer for layer in plan.layers if layer.node not in reasons)
     if not (layers or plan.products):
         raise ExportError(

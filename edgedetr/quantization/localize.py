@@ -339,7 +339,7 @@ def _known(graph: GraphIndex, node: NodeProto, measured: Measured) -> tuple[Know
 
 
 def _case(pattern: Pattern) -> KnownCase:
-    """Export cures by itself what it can by an edit of the graph; a float island of a policy's layers is asked for."""
+    """Export cures by itself what an edit of the graph can; a float fallback of a policy's layers is asked for."""
     command = ""
     if pattern.steps:
         command = f"edgedetr export {{path}} --int8 --target {pattern.backends[0]}"

@@ -19,7 +19,7 @@ class Cure:
 
     backend   the one that is known to depart there
     pattern   its name in calib/patterns/known.toml
-    how       "another order", "one scale for the inputs, another order" or "a float island"
+    how       "another order", "one scale for the inputs, another order" or "a float fallback"
     layer     name of the node
     reason    why it stays float; "" where it does not
     """

@@ -134,7 +134,7 @@ def test_no_known_pattern_can_be_in_the_graphs_that_a_search_evaluates() -> None
         assert not cures.concerns(dialect, target.name)
 
 
-# ------------------------------------------------------------------------------------------------- float islands
+# ------------------------------------------------------------------------------------------------- float fallbacks
 
 
 def test_where_no_edit_is_possible_the_layer_stays_float(monkeypatch) -> None:
@@ -156,11 +156,11 @@ def test_where_no_edit_is_possible_the_layer_stays_float(monkeypatch) -> None:
         for layer in plan.layers
         if layer.op == "Conv" and layer.data in graph.producers and graph.producers[layer.data].op_type == "Relu"
     }
-    islands = {cure.layer for cure in found.cures}
-    assert islands == behind_relu != set()
+    fallbacks = {cure.layer for cure in found.cures}
+    assert fallbacks == behind_relu != set()
     assert {layer.node for layer in plan.layers} - {layer.node for layer in found.plan.layers} == behind_relu
     assert all("no other cure is possible" in found.plan.float_layers[name] for name in behind_relu)
     kept = {layer.node for layer in found.plan.layers}
     assert all(sum_.node in {one.node for one in plan.residuals} for sum_ in found.plan.residuals)
-    assert kept and {cure.how for cure in found.cures} == {"a float island"}
+    assert kept and {cure.how for cure in found.cures} == {"a float fallback"}
     assert cured_plan(graph, plan, amax, TENSORRT, ["y"]).plan is plan

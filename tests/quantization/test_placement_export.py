@@ -113,20 +113,20 @@ def test_a_placement_without_a_group_is_refused_before_anything_is_written(copy)
 def test_export_cures_a_known_pattern_for_the_target_and_says_so(copy, monkeypatch):
     bundle, first, linear = copy
     sets = (*SETS, "quant.bias_correction=false")
-    # The first convolution of a signed graph, which only a float island cures: openvino is planted as its backend.
+    # The first convolution of a signed graph, which only a float fallback cures: openvino is planted as its backend.
     planted = Pattern(
         "planted", "backend", ("QuantizeLinear", "DequantizeLinear", "Conv"), 2, "e", "c", ("openvino",), signed=True
     )
     planted = replace(planted, rules=(PolicyRule("it computes this wrongly"),))
     for module in (patterns, cures):
         monkeypatch.setattr(module, "patterns", lambda: (planted,))
-    sentence = f"planted, a known fault of openvino, is cured by a float island at {first}"
+    sentence = f"planted, a known fault of openvino, is cured by a float fallback at {first}"
     result = edgedetr.export(bundle, int8=True, sets=sets)
     assert result.notes[1:] == (f"model.int8.onnx: {sentence}",)
     assert quantized_layers(bundle, "model.int8.onnx") == {linear}
     assert quantized_layers(bundle) == {first, linear}  # unsigned: not concerned
     metadata = {item.key: item.value for item in onnx.load(bundle.require("model.int8.onnx")).metadata_props}
-    assert json.loads(metadata[MADE_BY])["cures"] == [["openvino", "planted", "a float island", first]]
+    assert json.loads(metadata[MADE_BY])["cures"] == [["openvino", "planted", "a float fallback", first]]
     assert "known cure is to stay float" in metadata["edgedetr.float_layers"]
     before = dict(bundle.manifest.files)
     assert edgedetr.export(bundle, int8=True, target="openvino", sets=sets).bundle.manifest.files == before

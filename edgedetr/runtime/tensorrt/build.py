@@ -193,7 +193,7 @@ def _kept(plan: Path, device: Device, version: str, digest: str) -> BuiltEngine 
 
 
 def tensorrt_for(bundle: Bundle, options: str = "") -> Any:
-    """The module tensorrt. Errors: MissingDependency that tells to copy the bundle to the device.
+    """The module tensorrt. Errors: MissingDependency that says to copy the bundle to the device.
 
     options   of the command that the message names
     """

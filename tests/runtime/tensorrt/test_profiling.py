@@ -42,7 +42,7 @@ def test_times_are_joined_with_what_the_inspector_says():
     conv, reformat, other = layer_times(INSPECTED, runs)
     assert (conv.nodes, conv.reformats, conv.source, conv.target) == (("/conv", "/relu"), False, "int8", "fp16")
     assert conv.ms == 2.0 and conv.error_ms == pytest.approx(1.2533 * 1.4826 / 5**0.5)
-    # A reformat belongs to the layer it converts for, and tells how much it converts from what to what.
+    # A reformat belongs to the layer it converts for; its size and types say what it converts.
     assert (reformat.nodes, reformat.reformats, reformat.tensor) == (("/conv", "/relu"), True, "images")
     assert (reformat.source, reformat.target, reformat.elements, reformat.ms) == ("fp32", "int8", 3 * 32 * 48, 0.5)
     assert (other.name, other.kind, other.nodes, other.ms) == ("__myl_Fc_1", "", (), 0.25)
