@@ -177,7 +177,7 @@ class HybridEncoder(nn.Module):
         return Memory(tokens, shapes, self.strides)
 
     def _join(self, one: Tensor, other: Tensor) -> Tensor:
-        return one + other if self.summed else torch.cat([one, other], dim=1)
+        return one + other if self.summed else torch.cat(keep_gradients_dense([one, other]), dim=1)
 
     def _within(self, level: Tensor) -> Tensor:
         """Self-attention among the cells of one map [B, C, H, W] -> the same shape."""
@@ -192,7 +192,8 @@ class HybridEncoder(nn.Module):
 def keep_gradients_dense(maps: list[Tensor]) -> list[Tensor]:
     """The maps, which are about to be concatenated: their gradients come back without gaps.
 
-    The gradient of a concatenation is a slice with gaps, on which BatchNorm's backward is 8 times slower.
+    The gradient of a concatenation is a slice with gaps, on which the backward passes of BatchNorm and of enlarging a
+    map are 8 times slower.
     """
     for level in maps:
         if level.requires_grad:

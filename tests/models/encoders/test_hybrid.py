@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.convolution import ConvNorm, RepVgg
@@ -16,7 +17,14 @@ from edgedetr.layers.feedforward import FeedForward
 from edgedetr.models.checkpoints import hybrid_names, transformers_names
 from edgedetr.models.checkpoints.rename_rules import RenameRule, rename
 from edgedetr.models.encoders.dense import EncoderLayer
-from edgedetr.models.encoders.hybrid import FusionParts, HybridEncoder, RepElan, d_fine_fusion, elan_width
+from edgedetr.models.encoders.hybrid import (
+    FusionParts,
+    HybridEncoder,
+    RepElan,
+    d_fine_fusion,
+    elan_width,
+    rt_detr_fusion,
+)
 from edgedetr.models.encoders.lite import LiteEncoder
 from edgedetr.models.records import Memory
 
@@ -210,6 +218,33 @@ def test_the_lite_encoder_computes_what_transformers_does() -> None:
 )
 def test_the_width_inside_a_fusion_block_is_the_authors(dim: int, expansion: float, width: int) -> None:
     assert elan_width(dim, expansion) == width
+
+
+class _SparseGradients(TorchDispatchMode):
+    """Collects the shapes of gradients with gaps that reach BatchNorm's backward, which then takes 8 times as long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.shapes = 0, list[tuple[int, ...]]()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.aten.native_batch_norm_backward.default:
+            self.seen += 1
+            if not args[0].is_contiguous(memory_format=torch.channels_last):
+                self.shapes.append(tuple(args[0].shape))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "parts", [rt_detr_fusion(DIM, 1.0, 1, "silu"), d_fine_fusion(DIM, 0.5, 1, "silu")], ids=["rt_detr", "d_fine"]
+)
+def test_no_gradient_with_gaps_reaches_a_batch_norm(parts: FusionParts) -> None:
+    encoder = hybrid(CHANNELS, parts).train().to(memory_format=torch.channels_last)
+    maps = [level.to(memory_format=torch.channels_last) for level in pyramid(CHANNELS)]
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
+    with _SparseGradients() as gradients:
+        encoder(maps).tokens.square().sum().backward()
+    assert (gradients.seen, gradients.shapes) == (norms, [])
 
 
 @torch.no_grad()
