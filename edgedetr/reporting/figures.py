@@ -12,13 +12,14 @@ from matplotlib.figure import Figure
 
 from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict
 from edgedetr.printable import one_line
+from edgedetr.quantization.search.search_report import SearchReport
 from edgedetr.quantization.sensitivity import Sensitive
 
 # Placeholder colors in the SVG, replaced by CSS colors of the page.
 INK, FAINT = "#010203", "#040506"
 # Okabe and Ito 2008: distinguishable with every common color blindness.
 COLORS = ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9")
-GOOD, BAD, DOUBT = "#009e73", "#d55e00", "#e69f00"
+GOOD, BAD, DOUBT, SOFT = "#009e73", "#d55e00", "#e69f00", "#8a939f"
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: the page's font, selectable
@@ -153,10 +154,44 @@ def sensitivity_bars(rows: Sequence[Sensitive], most: int = 40) -> str:
         axes.set_yticks(range(len(shown)), [_short(_end_of(row.name)) for row in shown], fontsize=8)
         axes.invert_yaxis()
         axes.set_xlim(left=0)
-        axes.set_xlabel("distance from the float model's detections, with its standard error")
+        axes.set_xlabel("distance from the float detections, ± standard error")
         axes.grid(visible=False, axis="y")
         figure.legend(loc="outside lower center", ncols=2)
         return _svg(figure, "What INT8 in each group of layers alone does to the detections")
+
+
+def search_candidates(report: SearchReport) -> str | None:
+    """Latency against AP lost, one point for each placement that a search compared; None where no latency is known.
+
+    A full point was judged on verify images and has its bound, a hollow one was compared on search images alone.
+    """
+    timed = [candidate for candidate in report.candidates if candidate.float_ms]
+    shown = [candidate for candidate in timed if report.looked_at(candidate) or candidate.search_drop is not None]
+    if not shown:
+        return None
+    with matplotlib.rc_context(_style("search")):
+        figure, axes = _axes(6.2, 3.6)
+        for candidate in shown:
+            color = GOOD if candidate.name == report.accepted else INK if candidate.faster else SOFT
+            ratio = candidate.int8_ms / candidate.float_ms
+            if report.looked_at(candidate):
+                look = report.last_look(candidate)
+                drop = look.drop
+                axes.plot([ratio, ratio], [drop, look.upper], color=color, linewidth=2, solid_capstyle="butt")
+                axes.plot(ratio, drop, "o", color=color, markersize=8)
+            else:
+                drop = candidate.search_drop or 0.0
+                axes.plot(ratio, drop, "o", color=color, markersize=7, fillstyle="none")
+            offset = {"xytext": (6, -3), "textcoords": "offset points", "fontsize": 8.5}
+            axes.annotate(_short(candidate.name), (ratio, drop), **offset)
+        axes.axhline(report.budget, color=BAD, linewidth=1.4, linestyle="--")
+        label = {"color": BAD, "va": "bottom", "ha": "right", "xycoords": ("axes fraction", "data")}
+        axes.annotate(f"budget {report.budget:g}", (1.0, report.budget), **label)
+        axes.axvline(1, color=INK, linewidth=0.8)
+        axes.margins(x=0.12, y=0.1)
+        axes.set_xlabel(f"latency on {report.target}, relative to the float graph")
+        axes.set_ylabel("AP points lost, line to the bound")
+        return _svg(figure, "Latency against AP lost of each placement that the search compared")
 
 
 def _end_of(name: str, most: int = 28) -> str:

@@ -13,10 +13,12 @@ from edgedetr.data.detection_set import display_names
 from edgedetr.errors import MissingDependency
 from edgedetr.packages import missing
 from edgedetr.printable import printable
+from edgedetr.quantization.search.search_report import HEAD as SEARCH_HEAD
 from edgedetr.reporting import tables
 from edgedetr.reporting.contents import inspect_bundle
 from edgedetr.reporting.differences import CONFIDENCE, OVERLAP, DrawnImage, draw, most_different
 from edgedetr.reporting.evidence import RECALL, Evidence, precision_recall, read_evidence
+from edgedetr.reporting.quantization_results import read_quantization_results
 from edgedetr.storage.atomic import atomic_write
 
 IMAGES = 12  # drawn at the end of the page
@@ -63,6 +65,7 @@ def write_report(bundle: str | Path | Bundle, *, data: str | Path | None = None)
         for artifact in evidence.artifacts
     }
     # The names in a bundle are data, not markup: everything is escaped but the figures, which escape their own text.
+    results = read_quantization_results(bundle)
     environment = Environment(
         loader=PackageLoader("edgedetr.reporting", "."),
         autoescape=True,
@@ -86,7 +89,12 @@ def write_report(bundle: str | Path | Bundle, *, data: str | Path | None = None)
         class_figure=figures.class_drops(display_names(manifest.classes), evidence.class_drops()),
         curves_figure=figures.precision_recall(curves, RECALL) if curves else None,
         integers=tables.integer_lines(verdict),
-        notes=tables.notes(verdict),
+        notes=[*tables.notes(verdict), *results.unreadable],
+        search=results.search,
+        search_head=SEARCH_HEAD,
+        search_figure=figures.search_candidates(results.search) if results.search else None,
+        sensitivity=results.sensitivity,
+        sensitivity_figure=figures.sensitivity_bars(results.sensitivity.rows) if results.sensitivity else None,
         worst=evidence.worst,
         images=images,
         confidence=CONFIDENCE,

@@ -16,6 +16,7 @@ from edgedetr.quantization.search.sequential import LookResult
 
 HEAD = ("placement", "INT8", "ms", "of float", "distance", "images", "drop", "bound", "")
 SCHEMA = 1
+LIMIT = 64 << 20  # bytes of results/search.json; 300 groups and 12 candidates take about 1 MB
 SIGMAS = 2.0  # a candidate is faster where its gain exceeds so many standard errors
 
 Outcome = Literal["accepted", "float", "none", "open"]
@@ -117,11 +118,15 @@ class SearchReport:
     def last_look(self, candidate: Candidate) -> LookResult:
         return [look for look in self.looks if self.order[look.candidate] == candidate.name][-1]
 
+    def looked_at(self, candidate: Candidate) -> bool:
+        """Whether it was judged on verify images."""
+        return any(self.order[look.candidate] == candidate.name for look in self.looks)
+
     def rows(self) -> list[list[object]]:
         """One row a candidate: name, groups in INT8, ms, ratio to float, distance, images, drop, bound, outcome."""
         rows: list[list[object]] = []
         for found in self.candidates:
-            look = self.last_look(found) if any(self.order[one.candidate] == found.name for one in self.looks) else None
+            look = self.last_look(found) if self.looked_at(found) else None
             about: list[object] = [None, None, None, "" if found.faster else "not faster"]
             if look is not None:
                 about = [look.images, f"{look.drop:.2f}", f"{look.upper:.2f}", look.outcome]
@@ -148,7 +153,8 @@ class SearchReport:
 
 
 def _groups(candidate: Candidate) -> str:
-    return f"{len(candidate.placement.int8)} groups in INT8"
+    count = len(candidate.placement.int8)
+    return f"{count} {'group' if count == 1 else 'groups'} in INT8"
 
 
 def _ratio(candidate: Candidate) -> str:
