@@ -40,6 +40,7 @@ CONSTANTS: dict[str, np.ndarray] = {
     "rows": np.array([SIDE * SIDE, CHANNELS]),
     "twice": np.float32([1, 1, 2, 2]),
     "ln": np.ones(CHANNELS, np.float32),
+    "around": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
 }
 CONSTANTS["b_s"] = (CONSTANTS["w_s"] * SCALE).astype(np.float32)
 
@@ -50,6 +51,8 @@ WEIGHTS = "DequantizeLinear w w_s w_z -> wd | axis=0"
 BIAS = "DequantizeLinear b b_s b_z -> bd | axis=0"
 CONV = "| pads=1,1,1,1"
 ROWS = ("Transpose images -> t | perm=0,2,3,1", "Reshape t rows -> r")
+WINDOW = "| kernel_shape=3,3 strides=2,2"
+AROUND = f"{WINDOW} pads=1,1,1,1 count_include_pad=1"
 PRODUCT = "DequantizeLinear m w_s w_z -> md | axis=1"
 
 GRAPHS: dict[str, tuple[str, ...]] = {
@@ -116,6 +119,19 @@ GRAPHS: dict[str, tuple[str, ...]] = {
         "QuantizeLinear c s i8 -> cq",
         "DequantizeLinear cq s i8 -> y",
     ),
+    "AveragePool that counts its zeros, int8": (*IN8, f"AveragePool d -> y {AROUND}"),
+    "AveragePool that counts its zeros, uint8": (*IN_MID, f"AveragePool d -> y {AROUND}"),
+    "AveragePool that leaves its padding out, uint8": (*IN_MID, f"AveragePool d -> y {WINDOW} pads=1,1,1,1"),
+    "Pad, AveragePool, uint8": (*IN_MID, "Pad d around -> c", f"AveragePool c -> y {WINDOW}"),
+    "Pad, pair, AveragePool, uint8": (
+        *IN_MID,
+        "Pad d around -> c",
+        "QuantizeLinear c s mid -> cq",
+        "DequantizeLinear cq s mid -> e",
+        f"AveragePool e -> y {WINDOW}",
+    ),
+    "Pad, MaxPool, uint8": (*IN_MID, "Pad d around -> c", f"MaxPool c -> y {WINDOW}"),
+    "Pad, Conv, uint8": (*IN_MID, WEIGHTS, "Pad d around -> c", "Conv c wd -> y"),
     "Resize between pairs": (
         *IN8,
         "Resize d  twice -> c",
@@ -235,7 +251,7 @@ def build(lines: Sequence[str]) -> ModelProto:
         inputs, _, output = head.partition(" -> ")
         operator, *names = inputs.split(" ")
         values = {key: [int(v) for v in text.split(",")] for key, text in (o.split("=") for o in options.split())}
-        single = ("axis", "to")
+        single = ("axis", "to", "count_include_pad", "ceil_mode")
         attributes = {key: value[0] if key in single else value for key, value in values.items()}
         nodes.append(helper.make_node(operator, names, [output.strip()], line, **attributes))
     used = {name for node in nodes for name in node.input}

@@ -23,6 +23,8 @@ from edgedetr.runtime.sqnr import sqnr_db
 GROUP = 12  # tensors exposed at a time
 SQNR_FLOOR = 20.0  # dB; different rounding leaves 25 or more, broken kernels were measured at 1 to 6
 
+SHARP_DROP = 8.0  # dB from a node's inputs to its output; OpenVINO's known faults were drops of 28 to 33
+
 Tensors = Callable[[bytes, np.ndarray, Sequence[str]], dict[str, np.ndarray]]
 
 
@@ -69,6 +71,22 @@ def find_first_divergence(
         return tensors(model, images, names, threads=threads)
 
     return search(Path(model), run, images, floor=floor, threads=threads, until_selection=until_selection)
+
+
+def find_sharp_divergence(
+    model: str | Path, backend: str, images: np.ndarray, *, threads: int | None = None
+) -> Divergence | None:
+    """The first node at which `backend` loses SHARP_DROP or more, before the selection of queries; None without one.
+
+    Rounding that falls to the other side adds up over many layers of an INT8 graph, until a node is below the floor
+    that computes nothing wrong by itself. Arguments are those of `find_first_divergence`.
+    """
+    floor = SQNR_FLOOR
+    while True:
+        found = find_first_divergence(model, backend, images, floor=floor, threads=threads, until_selection=True)
+        if found is None or found.inputs_db - found.sqnr_db >= SHARP_DROP:
+            return found
+        floor = found.sqnr_db - SHARP_DROP
 
 
 def search(

@@ -16,7 +16,7 @@ from edgedetr.evaluation.agreement import Agreement, compare_detections
 from edgedetr.evaluation.artifacts_run import ArtifactRun
 from edgedetr.evaluation.coco_metrics import Metrics, evaluate
 from edgedetr.evaluation.config import VerifyConfig
-from edgedetr.evaluation.first_divergence import find_first_divergence
+from edgedetr.evaluation.first_divergence import find_first_divergence, find_sharp_divergence
 from edgedetr.evaluation.realized_precision import RealizedPrecision, realized_by_engine, realized_precision
 from edgedetr.evaluation.reference import Reference
 from edgedetr.evaluation.verdict import ArtifactVerdict
@@ -170,7 +170,8 @@ class Judge:
         batch, _ = preprocess.prepare([pixels], self.bundle.manifest.input)
         try:
             model = self.bundle.require(GRAPHS[run.artifact].file)
-            found = find_first_divergence(model, run.backend, batch, threads=self.config.threads)
+            sharp = find_sharp_divergence(model, run.backend, batch, threads=self.config.threads)
+            found = sharp or find_first_divergence(model, run.backend, batch, threads=self.config.threads)
         except EdgedetrError as error:
             return f"; the first divergence was not searched: {error}"
         return f"; first divergence at {found}" if found else ""

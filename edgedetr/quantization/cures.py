@@ -16,7 +16,7 @@ from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.patterns import Measured, Pattern, matching, patterns, place
 from edgedetr.quantization.policy import QuantizationPlan, residual_sums
 from edgedetr.quantization.qdq import insert_qdq
-from edgedetr.quantization.qdq_moves import moved_before, moved_behind, shared_scale
+from edgedetr.quantization.qdq_moves import moved_before, moved_behind, quantized_padding, shared_scale
 from edgedetr.quantization.target import Target
 from edgedetr.runtime.cure_record import Cure
 
@@ -24,8 +24,14 @@ EDITS: Mapping[str, Callable[[ModelProto, str], ModelProto]] = {
     "shared-scale": shared_scale,
     "move-before": moved_before,
     "move-behind": moved_behind,
+    "quantize-padding": quantized_padding,
 }
-WORDS = {"shared-scale": "one scale for the inputs", "move-before": "another order", "move-behind": "another order"}
+WORDS = {
+    "shared-scale": "one scale for the inputs",
+    "move-before": "another order",
+    "move-behind": "another order",
+    "quantize-padding": "a quantized padding",
+}
 FALLBACK = "a float fallback"
 
 
@@ -40,7 +46,8 @@ class Cured:
 def cured(model: ModelProto, backends: Sequence[str]) -> Cured:
     """A quantized graph without the known patterns at which backends depart from it, as far as edits can cure them.
 
-    Another order changes no bit of the reference run; one scale rounds the values of the smaller scales anew.
+    Another order and a quantized padding change no bit of the reference run; one scale rounds the values of the smaller
+    scales anew.
     """
     cures: list[Cure] = []
     for backend in backends:
@@ -111,7 +118,7 @@ def cured_plan(
 def concerns(target: Target, backend: str) -> bool:
     """Whether a graph in the form of a target can have a known pattern of a backend that export cures."""
     known = [pattern for pattern in patterns() if pattern.curable and backend in pattern.backends]
-    return any(not (pattern.signed and target.uint8) for pattern in known)
+    return any(not (pattern.signed if target.uint8 else pattern.asymmetric) for pattern in known)
 
 
 def _without(graph: GraphIndex, plan: QuantizationPlan, fallbacks: Sequence[Cure]) -> QuantizationPlan:

@@ -18,7 +18,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.data.images import decode
 from edgedetr.errors import EdgedetrError
 from edgedetr.evaluation.artifacts_run import SIMULATED_FP16, candidates, load_split, without_saturating_int8
-from edgedetr.evaluation.first_divergence import SQNR_FLOOR, find_first_divergence
+from edgedetr.evaluation.first_divergence import find_sharp_divergence
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.onnx_graph.session import GraphSession
@@ -38,7 +38,6 @@ IMAGES = 2  # of the verify split; one is enough for a backend, two keep a pair 
 # dB. With ranges that fit, rounding to 8 bits leaves 28 to 46 (rt_detr on rendered scenes, the worst branch of a Concat
 # 28.6); a tensor below the floor has lost what its consumers read.
 PAIR_FLOOR = 20.0
-SHARP_DROP = 8.0  # dB from a node's inputs to its output; OpenVINO's fault at a Concat was a drop of 28 and 33
 TENSORS = 24  # of the float graph, read in one run: bounds the memory
 MOST_FINDINGS = 10
 
@@ -179,18 +178,10 @@ def _for(bundle: Bundle, finding: Finding) -> tuple[KnownCase, ...]:
 
 
 def departure_of(path: Path, backend: str, images: np.ndarray, *, threads: int | None = None) -> Finding | None:
-    """The first node at which a backend departs from the reference run of a graph, before the selection of queries.
-
-    Rounding that falls to the other side adds up over many layers, so a node counts only where it loses SHARP_DROP.
-    """
-    floor = SQNR_FLOOR
-    while True:
-        found = find_first_divergence(path, backend, images, floor=floor, threads=threads, until_selection=True)
-        if found is None:
-            return None
-        if found.inputs_db - found.sqnr_db >= SHARP_DROP:
-            break
-        floor = found.sqnr_db - SHARP_DROP
+    """The first node at which a backend departs from the reference run of a graph, before the selection of queries."""
+    found = find_sharp_divergence(path, backend, images, threads=threads)
+    if found is None:
+        return None
     graph = GraphIndex(read_bundle_graph(path))
     node = graph.node_by_name.get(found.node)
     return Finding(

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import NodeProto
 
 from edgedetr.errors import ExportError
-from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.onnx_graph.index import GraphIndex, int_attribute, ints_attribute, string_attribute
 from edgedetr.package_data import patterns_file
 from edgedetr.quantization.policy import PolicyRule, rules_of
 from edgedetr.storage.reading import read_toml
@@ -47,6 +47,8 @@ class Pattern:
     saturated: float = 0.0
     rewritten: bool = False
     signed: bool = False
+    asymmetric: bool = False
+    zero_padding: bool = False
     rules: tuple[PolicyRule, ...] = ()
     steps: tuple[Step, ...] = ()
 
@@ -107,15 +109,42 @@ def place(graph: GraphIndex, node: NodeProto, pattern: Pattern) -> tuple[NodePro
     for first in _paths(graph, node, before, up=True):
         for second in _paths(graph, node, behind, up=False):
             found = (*first[::-1], *second[1:])
-            if not pattern.signed or all(_is_signed(one, graph) for one in found if one.op_type in SHORT):
-                return found
+            pairs = [one for one in found if one.op_type in SHORT]
+            if pattern.signed and not all(_is_signed(one, graph) for one in pairs):
+                continue
+            if pattern.asymmetric and not all(_is_asymmetric(one, graph) for one in pairs):
+                continue
+            if pattern.zero_padding and not any(_pads_with_zeros(one, graph) for one in found):
+                continue
+            return found
     return None
 
 
 def _is_signed(node: NodeProto, graph: GraphIndex) -> bool:
     """Whether the zero point of a Q or DQ is int8."""
-    zero = graph.value(node.input[2]) if len(node.input) > 2 else None
+    zero = _zero_point(node, graph)
     return zero is not None and zero.dtype == np.int8
+
+
+def _is_asymmetric(node: NodeProto, graph: GraphIndex) -> bool:
+    """Whether the zero point of a Q or DQ is not 0."""
+    zero = _zero_point(node, graph)
+    return zero is not None and bool(np.any(zero))
+
+
+def _zero_point(node: NodeProto, graph: GraphIndex) -> np.ndarray | None:
+    return graph.value(node.input[2]) if len(node.input) > 2 else None
+
+
+def _pads_with_zeros(node: NodeProto, graph: GraphIndex) -> bool:
+    """Whether a Pad adds zeros, or an AveragePool counts zeros around its input."""
+    if node.op_type == "AveragePool":
+        same = string_attribute(node, "auto_pad", "NOTSET").startswith("SAME")
+        return bool(int_attribute(node, "count_include_pad", 0)) and (same or any(ints_attribute(node, "pads")))
+    if node.op_type != "Pad" or string_attribute(node, "mode", "constant") != "constant":
+        return False
+    value = graph.value(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    return value is None or not np.any(value)
 
 
 def _paths(graph: GraphIndex, node: NodeProto, chain: tuple[str, ...], *, up: bool) -> Iterator[tuple[NodeProto, ...]]:

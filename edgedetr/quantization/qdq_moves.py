@@ -1,7 +1,8 @@
-"""Move Q and DQ across a node that they commute with, and give a Concat's inputs one scale.
+"""Edit where Q and DQ stand: across a node that they commute with, behind a padding; and one scale for a Concat.
 
 Q and DQ with one scale for the whole tensor change each element by itself and never swap two of them. So they commute
 with nodes that join or move elements or take the largest: `moved_before` and `moved_behind` change no bit of a result.
+`quantized_padding` changes none either.
 `shared_scale` rounds anew: an element with scale s moves by at most s / 2 + S / 2, where S is the largest scale.
 """
 
@@ -11,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.graph_edit import prune, replace_nodes
-from edgedetr.onnx_graph.index import GraphIndex, display_name
+from edgedetr.onnx_graph.index import GraphIndex, display_name, int_attribute, ints_attribute
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 COMMUTING = ("Concat", "Transpose", "Reshape", "Slice", "MaxPool")
@@ -103,6 +104,46 @@ def shared_scale(model: ModelProto, tensor: str) -> ModelProto:
     return _replaced(model, node, [*made, joined])
 
 
+def quantized_padding(model: ModelProto, tensor: str) -> ModelProto:
+    """A copy in which the AveragePool that makes `tensor` gets its padding as integers: Pad, Q, DQ stand before it.
+
+    They have the scale and zero point of the DQ that the padding reads. Zero is one of its levels: no bit changes.
+
+    Errors: ExportError where no zeros are added behind a DQ, or how many is not written in the graph.
+    """
+    graph = GraphIndex(model)
+    pool = graph.producers[tensor]
+    before = graph.producers.get(pool.input[0])
+    pad = before if before is not None and before.op_type == "Pad" else None
+    restore = before if pad is None else graph.producers.get(pad.input[0])
+    if pool.op_type != "AveragePool" or restore is None or restore.op_type != PAIR[1]:
+        raise ExportError(f"{display_name(pool)}: expected an AveragePool behind a DQ, or a Pad between the two")
+    grid_of(restore, graph)
+    made, initializers = [], []
+    padded = pool.input[0]
+    if pad is None:
+        sides = ints_attribute(pool, "pads")
+        if not sides or int_attribute(pool, "ceil_mode", 0):
+            raise ExportError(f"{display_name(pool)}: expected the attribute pads, and whole windows")
+        half = len(sides) // 2
+        counts, padded = f"{tensor}/pads", f"{tensor}/Pad"
+        initializers = [numpy_helper.from_array(np.array([0, 0, *sides[:half], 0, 0, *sides[half:]]), counts)]
+        made = [helper.make_node("Pad", [pool.input[0], counts], [padded], padded)]
+    quantized, restored = f"{tensor}/quantized", f"{tensor}/dequantized"
+    parameters = restore.input[1:]
+    averaging = _renamed(pool, pool.name, tensor)
+    averaging.input[0] = restored
+    kept = [attribute for attribute in pool.attribute if attribute.name not in ("pads", "count_include_pad")]
+    del averaging.attribute[:]
+    averaging.attribute.extend(kept)
+    made += [
+        helper.make_node("QuantizeLinear", [padded, *parameters], [quantized], quantized),
+        helper.make_node("DequantizeLinear", [quantized, *parameters], [restored], restored),
+        averaging,
+    ]
+    return _replaced(model, pool, made, initializers)
+
+
 def grid_of(node: NodeProto, graph: GraphIndex) -> Grid:
     """The levels of a Q or DQ. Errors: ExportError where they are not one constant scale and zero point."""
     values = [graph.value(name) for name in node.input[1:3]]
@@ -136,7 +177,9 @@ def _renamed(node: NodeProto, name: str, output: str) -> NodeProto:
     return copy
 
 
-def _replaced(model: ModelProto, old: NodeProto, new: Sequence[NodeProto]) -> ModelProto:
+def _replaced(
+    model: ModelProto, old: NodeProto, new: Sequence[NodeProto], initializers: Sequence[TensorProto] = ()
+) -> ModelProto:
     """A copy with these nodes in place of one, without what no output depends on any more."""
     result = ModelProto()
     result.CopyFrom(model)
@@ -144,5 +187,6 @@ def _replaced(model: ModelProto, old: NodeProto, new: Sequence[NodeProto]) -> Mo
     for node in model.graph.node:
         nodes.extend(new if node is old or node.output == old.output else [node])
     replace_nodes(result, nodes)
+    result.graph.initializer.extend(initializers)
     prune(result)
     return result

@@ -8,7 +8,7 @@ from onnx import ModelProto
 from quantized_kernels import CONSTANTS, build, images_for
 
 from edgedetr.errors import ExportError
-from edgedetr.quantization.qdq_moves import moved_before, moved_behind, shared_scale
+from edgedetr.quantization.qdq_moves import moved_before, moved_behind, quantized_padding, shared_scale
 from edgedetr.runtime.backends import onnxruntime
 
 # Nodes that join or move elements, or take the largest, from "a" (and "e") to "c".
@@ -107,3 +107,37 @@ def test_inputs_of_which_one_has_no_pair_cannot_share_a_scale() -> None:
     for move in (shared_scale, moved_behind):
         with pytest.raises(ExportError, match="no Q/DQ pair of its own|not all quantized"):
             move(build(lines), "y")
+
+
+AVERAGES = {
+    "its own padding": ("AveragePool d -> y | kernel_shape=3,3 strides=2,2 pads=1,0,2,1 count_include_pad=1",),
+    "a Pad": ("Pad d around -> c", "AveragePool c -> y | kernel_shape=3,3 strides=2,2"),
+}
+
+
+@pytest.mark.parametrize("lines", AVERAGES.values(), ids=AVERAGES)
+@pytest.mark.parametrize("zero", ["i8", "mid"])
+def test_zeros_around_an_average_are_quantized_without_a_changed_bit(lines: tuple[str, ...], zero: str) -> None:
+    model = build((f"QuantizeLinear images s {zero} -> q", f"DequantizeLinear q s {zero} -> d", *lines))
+    changed = quantized_padding(model, "y")
+    assert order(changed)[2:] == ["Pad", "QuantizeLinear", "DequantizeLinear", "AveragePool"]
+    same(model, changed)
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        (("AveragePool images -> y | kernel_shape=3,3 pads=1,1,1,1 count_include_pad=1",), "behind a DQ"),
+        (
+            (
+                "QuantizeLinear images s mid -> q",
+                "DequantizeLinear q s mid -> d",
+                "AveragePool d -> y | kernel_shape=3,3 strides=2,2 pads=1,1,1,1 count_include_pad=1 ceil_mode=1",
+            ),
+            "whole windows",
+        ),
+    ],
+)
+def test_a_padding_that_cannot_be_quantized_is_refused(lines: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ExportError, match=words):
+        quantized_padding(build(lines), "y")

@@ -28,6 +28,7 @@ from edgedetr.quantization.bias_correction import IMAGES
 from edgedetr.quantization.calibration import evenly_spaced, observe, share_pool_ranges
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.cures import cured_plan
 from edgedetr.quantization.distance_meter import DistanceMeter
 from edgedetr.quantization.groups import Group, groups_of
 from edgedetr.quantization.matched_distance import distances
@@ -195,7 +196,9 @@ class Workbench:
             graph = GraphIndex(smoothed(graph, factors))
             absmax = partial(self._absmax_of, graph)
         batches = self._bias_batches if corrected and self.config.bias_correction else None
-        result = int8_graph(graph, plan, share_pool_ranges(graph.model, amax), self.dialect, batches)
+        amax, cure_for = share_pool_ranges(graph.model, amax), (self.target.name,)
+        plan = cured_plan(graph, plan, amax, self.dialect, cure_for).plan
+        result = int8_graph(graph, plan, amax, self.dialect, batches, cure_for)
         if self.dialect.fp16:
             result = convert_to_fp16(result, absmax(), self.policy.float32_nodes(result)).model
         return result
