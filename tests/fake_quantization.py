@@ -13,10 +13,10 @@ from torch import Tensor
 
 from edgedetr.models.detector import DetrModel
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.calibration import share_pool_ranges
 from edgedetr.quantization.policy import QuantizationPlan
 from edgedetr.quantization.qdq import insert_qdq
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.ranges import share_pool_ranges
 from edgedetr.training.qat.quantizers import TensorRange
 
 

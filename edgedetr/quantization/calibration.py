@@ -1,31 +1,24 @@
-"""Calibration: choose images, observe the range (amax) of every quantized activation over them, store ranges.json.
+"""Calibration: observe the range (amax) of every quantized activation over images, and store ranges.json.
 
 One image at a time goes through the float graph in ONNX Runtime. `ranges_of` is the entry.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from onnx import ModelProto
 
-from edgedetr.artifacts import RANGES, REFERENCE
+from edgedetr.artifacts import RANGES
 from edgedetr.bundle import Bundle, InputContract
 from edgedetr.data.images import decode
-from edgedetr.data.layouts import NoLayout, load, splits
-from edgedetr.data.listing import images_in
-from edgedetr.data.near_duplicates import near_copies
-from edgedetr.errors import DataError, ExportError
-from edgedetr.evaluation.reference import Reference
+from edgedetr.data.layouts import load
+from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.printable import shown
 from edgedetr.progress import Progress
@@ -40,22 +33,15 @@ from edgedetr.quantization.calibration_checks import (
     compare_images,
     moved_ranges,
 )
+from edgedetr.quantization.calibration_set import check_image_count, choose_images, evenly_spaced, warn_of_near_copies
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import LEARNED, Histogram, observer_of
 from edgedetr.quantization.probe import Probe
-from edgedetr.quantization.smoothing import Fold, Smoothing, checked_smoothing, smoothed, smoothings
+from edgedetr.quantization.ranges import Ranges, share_pool_ranges
+from edgedetr.quantization.smoothing import Fold, Smoothing, smoothed, smoothings
 from edgedetr.runtime.preprocess import prepare
-from edgedetr.storage.digests import digest
-from edgedetr.storage.reading import MEBIBYTE, read_json
 
 log = logging.getLogger(__name__)
-
-MIN_IMAGES, RECOMMENDED_IMAGES = 8, 32
-MAX_SHOWN = 5  # pairs of near-copies that a message names
-
-SCHEMA = 1
-LIMIT = 64 * MEBIBYTE  # bytes of ranges.json; 1,000 images and 300 tensors take about 150 kB
-SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # An image is an outlier in a tensor where its largest magnitude is OUTLIER_FACTOR times that of the others, and it is
 # reported where that holds in OUTLIER_FRACTION of the tensors. Measured with an rt_detr trained on BCCD (110 tensors,
@@ -66,135 +52,6 @@ OUTLIER_FACTOR = 1.25
 OUTLIER_FRACTION = 0.25
 MAX_OUTLIERS = 0.05  # of the images; if more exceed the rest, they are another kind of image, not a few bad ones
 CHANGED = 1.2  # a range that changes by this factor or more counts as changed
-
-
-@dataclass(frozen=True)
-class CalibrationImage:
-    """One image: digest of its file's bytes, and its name (for people)."""
-
-    sha256: str
-    name: str
-
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """The files to calibrate on, and for each its digest and name."""
-
-    paths: tuple[Path, ...]
-    images: tuple[CalibrationImage, ...]
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """The range of every quantized activation, and how it was observed.
-
-    amax        {tensor: largest magnitude that INT8 represents}
-    observer    name of the observer, with its option where it has one
-    policy      name of the policy
-    requested   number of images that was asked for (ranges.json: "wanted"); `images` can be fewer
-    source      the folder given as --calib; "" = the calibration split of the bundle's data
-    images      what was observed, in order
-    observers   {tensor: label of its observer} where a placement chose another than `observer`
-    smooth      {tensor: what SmoothQuant divides it by}: its range is that of the divided tensor
-    """
-
-    amax: dict[str, float]
-    observer: str
-    policy: str
-    requested: int
-    source: str
-    images: tuple[CalibrationImage, ...]
-    observers: Mapping[str, str] = field(default_factory=dict)
-    smooth: Mapping[str, Smoothing] = field(default_factory=dict)
-
-    @property
-    def image_list(self) -> str:
-        """sha256 of the digests in order: two calibrations with the same one saw the same images."""
-        return image_list_digest(self.images)
-
-    def save(self, path: Path) -> None:
-        raw = {
-            "schema": SCHEMA,
-            "image_list": self.image_list,
-            "amax": self.amax,
-            "observer": self.observer,
-            "policy": self.policy,
-            "wanted": self.requested,
-            "source": self.source,
-            "images": [{"sha256": image.sha256, "name": image.name} for image in self.images],
-            **({"observers": dict(self.observers)} if self.observers else {}),
-            **({"smooth": {name: asdict(one) for name, one in self.smooth.items()}} if self.smooth else {}),
-        }
-        path.write_text(json.dumps(raw, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> Ranges:
-        """Read and check. Errors: ExportError for everything that `save` does not write."""
-        fix = f"run: edgedetr export {path.parent} --int8"
-        raw = read_json(path, ExportError, limit=LIMIT, fix=f"damaged or of another kind; {fix}")
-        try:
-            _check_fields(raw)
-            amax = {name: _checked_amax(name, value) for name, value in raw["amax"].items()}
-            images = tuple(_checked_image(item) for item in raw["images"])
-            if image_list_digest(images) != raw["image_list"]:
-                raise ValueError("image_list is not the digest of images")
-            smooth = {name: checked_smoothing(name, value) for name, value in raw.get("smooth", {}).items()}
-            settings = (raw["observer"], raw["policy"], raw["wanted"], raw["source"])
-            return cls(amax, *settings, images, raw.get("observers", {}), smooth)
-        except ValueError as error:
-            raise ExportError(f"{path}: damaged or of another kind ({error}); {fix}") from error
-
-
-def image_list_digest(images: Iterable[CalibrationImage]) -> str:
-    """sha256 over the images' digests, one per line, in order."""
-    return hashlib.sha256("".join(image.sha256 + "\n" for image in images).encode()).hexdigest()
-
-
-_FIELDS: Mapping[str, tuple[type, str]] = {
-    "amax": (dict, "an object"),
-    "images": (list, "a list"),
-    "observer": (str, "text"),
-    "policy": (str, "text"),
-    "source": (str, "text"),
-    "image_list": (str, "text"),
-}
-
-
-def _check_fields(raw: Any) -> None:
-    """Errors: ValueError where the keys of ranges.json or the types of their values are not those of `Ranges.save`."""
-    expected = {"schema", "wanted", *_FIELDS}
-    if not isinstance(raw, dict) or set(raw) - {"observers", "smooth"} != expected:
-        raise ValueError(f"expected the keys {', '.join(sorted(expected))}")
-    if raw["schema"] != SCHEMA or isinstance(raw["schema"], bool):
-        raise ValueError(f"schema is {shown(raw['schema'])}, this version reads {SCHEMA}")
-    for key, (kind, words) in _FIELDS.items():
-        if not isinstance(raw[key], kind):
-            raise ValueError(f"{key} is {shown(raw[key])}; expected {words}")
-    named = raw.get("observers", {})
-    if not isinstance(named, dict) or not all(isinstance(label, str) for label in named.values()):
-        raise ValueError(f"observers is {shown(named)}; expected an object of labels")
-    if not isinstance(raw.get("smooth", {}), dict):
-        raise ValueError(f"smooth is {shown(raw['smooth'])}; expected an object")
-    wanted = raw["wanted"]
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 < wanted < 1 << 31:
-        raise ValueError(f"wanted is {shown(wanted)}; expected a number of images")
-
-
-def _checked_amax(name: str, value: object) -> float:
-    # Larger than any float32 is as useless as infinity: it is a scale in the graph.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 3.4e38:
-        raise ValueError(f"amax of {shown(name)} is {shown(value)}; expected a finite number of at least 0")
-    return float(value)
-
-
-def _checked_image(item: object) -> CalibrationImage:
-    sha256, name = (item.get("sha256"), item.get("name")) if isinstance(item, dict) else (None, None)
-    if not isinstance(sha256, str) or not isinstance(name, str) or not SHA256.fullmatch(sha256):
-        raise ValueError(f"an image is {shown(item)}; expected sha256 and name")
-    return CalibrationImage(sha256, name)
-
-
-# ------------------------------------------------------------------------------------------------- the bundle's ranges
 
 
 def ranges_of(
@@ -268,128 +125,6 @@ def _fits(
         and alphas == {fold.tensor: fold.alpha for fold in folds}
         and set(tensors) == set(present.amax)
     )
-
-
-def share_pool_ranges(model: ModelProto, amax: Mapping[str, float]) -> dict[str, float]:
-    """Ranges in which the output of a MaxPool shares its input's scale, so that the pool runs on integers unchanged."""
-    shared = dict(amax)
-    for node in model.graph.node:
-        if node.op_type == "MaxPool" and node.input[0] in shared and node.output[0] in shared:
-            shared[node.output[0]] = shared[node.input[0]]
-    return shared
-
-
-# ---------------------------------------------------------------------------------------------------- choosing images
-
-
-def choose_images(bundle: Bundle, directory: Path | None, count: int) -> CalibrationSet:
-    """At most `count` images, evenly spaced over the calibration split or over a folder.
-
-    directory   a data set (its train split) or a folder of images; None = the calibration split of the bundle's data
-
-    Errors: ExportError for an image that is also in the verify split, by digest: INT8 would be judged on the images
-    that it was fitted to.
-    """
-    paths, root = candidates(bundle, directory)
-    if not paths:
-        raise ExportError(f"{root}: no images to calibrate on; expected at least one image file")
-    chosen = evenly_spaced(paths, count)
-    images = [CalibrationImage(digest(path), _name(path, root)) for path in chosen]
-    verify = verify_digests(bundle)
-    for path, image in zip(chosen, images):
-        if image.sha256 in verify:
-            raise ExportError(
-                f"{path}: this calibration image is also in the verify split, so the verdict would be "
-                "biased; expected disjoint images; run: edgedetr export BUNDLE --int8 --calib DIR"
-            )
-    return CalibrationSet(tuple(chosen), tuple(images))
-
-
-def evenly_spaced(paths: Sequence[Path], count: int) -> list[Path]:
-    """At most `count` of the paths, with the first and the last."""
-    positions = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
-    return [paths[i] for i in np.unique(positions)]
-
-
-def check_image_count(images: CalibrationSet) -> None:
-    """Refuse fewer than MIN_IMAGES images, and warn below RECOMMENDED_IMAGES. Errors: ExportError."""
-    count = len(images.paths)
-    if count < MIN_IMAGES:
-        raise ExportError(
-            f"{count} calibration images are too few for INT8: expected at least {MIN_IMAGES}, better "
-            f"{RECOMMENDED_IMAGES} or more; add images, raise quant.images, or name others: "
-            "edgedetr export BUNDLE --int8 --calib DIR"
-        )
-    if count < RECOMMENDED_IMAGES:
-        log.warning(
-            "%d calibration images: ranges may miss values that other images have; %d or more are better "
-            "(quant.images, --calib DIR)",
-            count,
-            RECOMMENDED_IMAGES,
-        )
-
-
-def warn_of_near_copies(bundle: Bundle, images: CalibrationSet) -> None:
-    """Warn of calibration images that show a scene of the verify split, though their bytes differ.
-
-    `choose_images` refuses the same bytes. A near-copy may be a second frame of one scene, so the user decides. Nothing
-    is reported where the images of the verify split are not on this machine.
-    """
-    record = bundle.manifest.data
-    if record is None or not Path(record.path).is_dir():
-        return
-    verify = [sample.path for sample in load(record.path, record.verify_split).samples]
-    found = near_copies(verify, images.paths)
-    if found:
-        root = Path(record.path)
-        pairs = ", ".join(f"{_name(pair.second, root)} = {_name(pair.first, root)}" for pair in found[:MAX_SHOWN])
-        log.warning(
-            "%d of %d calibration images nearly copy images of the verify split, so the verdict may be too "
-            "good: %s%s; take one of each pair out, or calibrate on other images: "
-            "edgedetr export BUNDLE --int8 --calib DIR",
-            len(found),
-            len(images.paths),
-            pairs,
-            ", ..." if len(found) > MAX_SHOWN else "",
-        )
-
-
-def candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Path]:
-    """All images that could be calibrated on, and the folder that their names are relative to."""
-    record = bundle.manifest.data
-    if directory is None:
-        if record is None:
-            raise ExportError(
-                f"{bundle.path}: the bundle does not record where its data are; expected calibration "
-                f"images; run: edgedetr export {bundle.path} --int8 --calib DIR"
-            )
-        return [sample.path for sample in load(record.path, record.calib_split).samples], Path(record.path)
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise DataError(f"{directory}: no such directory; expected calibration images or a data set")
-    try:
-        names = splits(directory)
-    except NoLayout:  # a plain folder of images
-        return images_in(directory), directory
-    split = "train" if "train" in names else next(iter(names))
-    return [sample.path for sample in load(directory, split).samples], directory
-
-
-def verify_digests(bundle: Bundle) -> Collection[str]:
-    """sha256 of the verify images, from reference.npz where there is one, otherwise from the files."""
-    if bundle.has(REFERENCE.file):
-        return set(Reference.load(bundle.require(REFERENCE.file)).truth.digests.tolist())
-    record = bundle.manifest.data
-    if record is None or not Path(record.path).is_dir():
-        return ()
-    return {digest(sample.path) for sample in load(record.path, record.verify_split).samples}
-
-
-def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-
-
-# ------------------------------------------------------------------------------------------------------ observing them
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from edgedetr.artifacts import RANGES
 from edgedetr.bundle import Bundle
 from edgedetr.data.layouts import load, splits
 from edgedetr.errors import DataError, ExportError
-from edgedetr.quantization.calibration import CalibrationSet, Ranges, candidates, choose_images, verify_digests
+from edgedetr.quantization.calibration_set import CalibrationSet, candidates, choose_images, verify_digests
 from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.ranges import Ranges
 from edgedetr.storage.digests import digest
 
 log = logging.getLogger(__name__)

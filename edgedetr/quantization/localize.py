@@ -23,10 +23,10 @@ from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.progress import Progress
-from edgedetr.quantization.calibration import Ranges
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.patterns import Measured, Pattern, matching, surroundings
 from edgedetr.quantization.quantized_pairs import QuantizedPair, pairs_of
+from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.smoothing import smoothed
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.cure_record import about_cures, cures_in

@@ -21,7 +21,6 @@ from edgedetr.bundle import Bundle
 from edgedetr.errors import ExportError, did_you_mean
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.printable import shown
-from edgedetr.quantization.calibration import share_pool_ranges
 from edgedetr.quantization.groups import Group, floor_of, groups_of
 from edgedetr.quantization.policy import (
     Policy,
@@ -34,6 +33,7 @@ from edgedetr.quantization.policy import (
     why_float,
 )
 from edgedetr.quantization.qdq import insert_qdq
+from edgedetr.quantization.ranges import share_pool_ranges
 from edgedetr.quantization.target import Target
 from edgedetr.storage.reading import MEBIBYTE, read_json
 

@@ -24,7 +24,8 @@ from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.progress import Progress
 from edgedetr.quantization.bias_correction import IMAGES, PARTS, bias_shifts
-from edgedetr.quantization.calibration import Ranges, choose_images, evenly_spaced, ranges_of
+from edgedetr.quantization.calibration import ranges_of
+from edgedetr.quantization.calibration_set import choose_images, evenly_spaced
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.cures import cured, cured_plan, faults
@@ -32,6 +33,7 @@ from edgedetr.quantization.placement import Placement, alphas_of, observers_of, 
 from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy, without_cures
 from edgedetr.quantization.qdq import insert_qdq, runnable
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.smoothing import Folds, folds_of, smoothed
 from edgedetr.quantization.target import CPU, TENSORRT, Target, weight_bits
 from edgedetr.runtime.backends.base import MADE_BY

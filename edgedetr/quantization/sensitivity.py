@@ -22,7 +22,8 @@ from edgedetr.errors import ExportError, UsageError
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.options import one_of
 from edgedetr.progress import Progress
-from edgedetr.quantization.calibration import check_image_count, observe, share_pool_ranges
+from edgedetr.quantization.calibration import observe
+from edgedetr.quantization.calibration_set import check_image_count
 from edgedetr.quantization.comparison_images import ComparisonImages, calibration_images, comparison_images
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
@@ -32,6 +33,7 @@ from edgedetr.quantization.placement import Placement, RangesByObserver, plan_fo
 from edgedetr.quantization.policy import check_policy, load_policy
 from edgedetr.quantization.quantize import read_onnx
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.ranges import share_pool_ranges
 from edgedetr.quantization.rank_correlation import split_half_correlation
 from edgedetr.quantization.sensitivity_state import SensitivityState
 from edgedetr.quantization.target import TENSORRT

@@ -15,7 +15,7 @@ import numpy as np
 from edgedetr.artifacts import ONNX, SENSITIVITY
 from edgedetr.bundle import Bundle
 from edgedetr.errors import EdgedetrError, ExportError
-from edgedetr.quantization.calibration import CalibrationSet
+from edgedetr.quantization.calibration_set import CalibrationSet
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.policy import Policy
 from edgedetr.storage.reading import MEBIBYTE, read_json

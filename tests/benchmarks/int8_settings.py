@@ -34,12 +34,14 @@ from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16
 from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.bias_correction import IMAGES, bias_shifts
-from edgedetr.quantization.calibration import choose_images, observe, share_pool_ranges
+from edgedetr.quantization.calibration import observe
+from edgedetr.quantization.calibration_set import choose_images
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.policy import load_policy, make_plan
 from edgedetr.quantization.qdq import insert_qdq
 from edgedetr.quantization.quantize import ABSMAX_IMAGES, read_onnx
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.ranges import share_pool_ranges
 from edgedetr.quantization.target import CPU, TENSORRT, Target, weight_bits
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.backends.openvino import OpenVinoRunner

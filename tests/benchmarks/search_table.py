@@ -30,7 +30,8 @@ from edgedetr.evaluation.bootstrap import paired
 from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.reference import Reference
-from edgedetr.quantization.calibration import Ranges, choose_images
+from edgedetr.quantization.calibration_set import choose_images
+from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.search.image_sets import image_sets
 from edgedetr.quantization.search.workbench import TARGETS
 from edgedetr.runtime.backends import base

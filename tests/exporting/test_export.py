@@ -22,10 +22,10 @@ from edgedetr.lint.lint import lint
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.bias_correction import PARTS
-from edgedetr.quantization.calibration import Ranges
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.policy import load_policy, make_plan
+from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.target import weight_bits
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.storage.digests import digest

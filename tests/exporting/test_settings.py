@@ -9,7 +9,7 @@ import pytest
 
 from edgedetr import cli
 from edgedetr.bundle import Bundle
-from edgedetr.quantization.calibration import Ranges
+from edgedetr.quantization.ranges import Ranges
 from edgedetr.recipe import Recipe
 
 

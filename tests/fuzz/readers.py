@@ -64,7 +64,7 @@ def _set(folder: Path) -> None:
 
 
 def _ranges(folder: Path) -> None:
-    from edgedetr.quantization.calibration import Ranges
+    from edgedetr.quantization.ranges import Ranges
 
     Ranges.load(folder / "ranges.json")
 

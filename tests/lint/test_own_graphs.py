@@ -27,11 +27,11 @@ from edgedetr.lint.rtx import RtxResult, check_all
 from edgedetr.models import FAMILY
 from edgedetr.onnx_graph.fp16 import convert_to_fp16, float_tensors
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.calibration import share_pool_ranges
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.policy import load_policy, make_plan
 from edgedetr.quantization.qdq import insert_qdq
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.ranges import share_pool_ranges
 from edgedetr.quantization.target import TENSORRT
 
 pytest.importorskip("torch")

@@ -26,7 +26,7 @@ from edgedetr.models import FAMILY
 from edgedetr.models.module_paths import module_path
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization import groups as groups_module
-from edgedetr.quantization.calibration import calibrate, share_pool_ranges
+from edgedetr.quantization.calibration import calibrate
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.groups import floor_of, groups_of
@@ -34,6 +34,7 @@ from edgedetr.quantization.placement import Placement, RangesByObserver, plan_fo
 from edgedetr.quantization.policy import get_role, load_policy, make_plan, set_role
 from edgedetr.quantization.qdq import insert_qdq, runnable
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.ranges import share_pool_ranges
 from edgedetr.quantization.target import CPU, TENSORRT, Target, weight_bits
 from edgedetr.runtime.backends.base import RawOutputs, Runner
 from edgedetr.runtime.backends.onnxruntime import OrtRunner

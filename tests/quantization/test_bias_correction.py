@@ -13,10 +13,10 @@ from tiny_network import CHANNELS, SIGNED, convolve, fake, fake_weight, network,
 from edgedetr.lint.lint import lint
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.bias_correction import bias_shifts
-from edgedetr.quantization.calibration import share_pool_ranges
 from edgedetr.quantization.policy import Policy, QuantizationPlan, make_plan
 from edgedetr.quantization.qdq import insert_qdq
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.ranges import share_pool_ranges
 from edgedetr.quantization.target import CPU, TENSORRT, Target
 
 TARGETS = pytest.mark.parametrize(

@@ -12,14 +12,8 @@ from PIL import Image
 
 from edgedetr.bundle import InputContract
 from edgedetr.errors import DataError, ExportError
-from edgedetr.quantization.calibration import (
-    CalibrationSet,
-    calibrate,
-    candidates,
-    changed_ranges,
-    check_image_count,
-    outlier_images,
-)
+from edgedetr.quantization.calibration import calibrate, changed_ranges, outlier_images
+from edgedetr.quantization.calibration_set import CalibrationSet, candidates, check_image_count
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import OBSERVERS
 

@@ -14,8 +14,9 @@ from PIL import Image
 from edgedetr.bundle import InputContract
 from edgedetr.data.layouts import load
 from edgedetr.errors import ExportError
-from edgedetr.quantization.calibration import Training, calibrate, evenly_spaced
+from edgedetr.quantization.calibration import Training, calibrate
 from edgedetr.quantization.calibration_checks import clipped_tensors, compare_images, moved_ranges
+from edgedetr.quantization.calibration_set import evenly_spaced
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import Histogram
 

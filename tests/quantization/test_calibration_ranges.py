@@ -7,7 +7,8 @@ import json
 import pytest
 
 from edgedetr.errors import ExportError
-from edgedetr.quantization.calibration import CalibrationImage, Ranges, image_list_digest
+from edgedetr.quantization.calibration_set import CalibrationImage, image_list_digest
+from edgedetr.quantization.ranges import Ranges
 
 IMAGES = (CalibrationImage("a" * 64, "one.jpg"), CalibrationImage("b" * 64, "two.jpg"))
 RANGES = Ranges({"x": 1.5, "y": 0.0}, "mse", "default", 2, "", IMAGES)

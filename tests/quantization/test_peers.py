@@ -19,9 +19,10 @@ from edgedetr.bundle import Bundle, ClassInfo, DataRecord, InputContract, Manife
 from edgedetr.errors import ExportError, MissingDependency, UsageError
 from edgedetr.exporting.export import export
 from edgedetr.onnx_graph.session import GraphSession
-from edgedetr.quantization.calibration import Ranges, choose_images
+from edgedetr.quantization.calibration_set import choose_images
 from edgedetr.quantization.peers import quantize_with
 from edgedetr.quantization.peers.registry import PEERS
+from edgedetr.quantization.ranges import Ranges
 from edgedetr.runtime.backends.base import MADE_BY, PEER_NOTE
 from edgedetr.runtime.onnx_bytes import metadata
 

@@ -11,12 +11,12 @@ from tiny_network import network, run
 
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.calibration import share_pool_ranges
 from edgedetr.quantization.groups import groups_of
 from edgedetr.quantization.placement import Placement, RangesByObserver, plan_for, quantized_model
 from edgedetr.quantization.policy import Policy, make_plan
 from edgedetr.quantization.qdq import insert_qdq
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.ranges import share_pool_ranges
 from edgedetr.quantization.target import CPU, TENSORRT
 
 POLICY = Policy("all")

@@ -15,7 +15,6 @@ from edgedetr.bundle import Bundle
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization import cures, patterns
-from edgedetr.quantization.calibration import Ranges
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.groups import groups_of
@@ -23,6 +22,7 @@ from edgedetr.quantization.patterns import Pattern
 from edgedetr.quantization.placement import Placement
 from edgedetr.quantization.policy import PolicyRule, load_policy
 from edgedetr.quantization.quantize import quantize
+from edgedetr.quantization.ranges import Ranges
 from edgedetr.runtime.backends.base import MADE_BY
 
 SETS = ("quant.images=8",)

@@ -14,11 +14,11 @@ from tiny_network import CHANNELS, SIGNED, STEPS, convolve, fake, fake_weight, f
 from edgedetr.errors import ExportError
 from edgedetr.lint.lint import lint
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.calibration import share_pool_ranges
 from edgedetr.quantization.policy import Policy, QuantizationPlan, make_plan
 from edgedetr.quantization.qdq import insert_qdq, runnable
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
 from edgedetr.quantization.quantized_weight import quantize_weight
+from edgedetr.quantization.ranges import share_pool_ranges
 from edgedetr.quantization.target import CPU, TENSORRT, Target, fp16_scales, weight_bits
 
 

@@ -20,7 +20,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.cli import cli
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.calibration import choose_images
+from edgedetr.quantization.calibration_set import choose_images
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.groups import groups_of

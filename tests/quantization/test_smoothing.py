@@ -14,10 +14,11 @@ from onnx import helper, numpy_helper
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.session import GraphSession
-from edgedetr.quantization.calibration import CalibrationImage, Ranges
+from edgedetr.quantization.calibration_set import CalibrationImage
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.placement import Placement, alphas_of
 from edgedetr.quantization.policy import Policy, make_plan
+from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.smoothing import Folds, Smoothing, folds_of, smoothed, smoothing_factors, smoothings
 
 POLICY = Policy("all")

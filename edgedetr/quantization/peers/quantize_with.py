@@ -22,10 +22,11 @@ from edgedetr.lint.lint import lint
 from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.packages import install
 from edgedetr.progress import Progress
-from edgedetr.quantization.calibration import Ranges, choose_images
+from edgedetr.quantization.calibration_set import choose_images
 from edgedetr.quantization.peers.peer import Peer
 from edgedetr.quantization.peers.registry import PEERS
 from edgedetr.quantization.peers.worker import Request
+from edgedetr.quantization.ranges import Ranges
 from edgedetr.runtime.backends.base import MADE_BY, PEER_NOTE
 
 log = logging.getLogger(__name__)

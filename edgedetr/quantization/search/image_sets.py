@@ -18,7 +18,7 @@ from edgedetr.errors import ExportError
 from edgedetr.evaluation.artifacts_run import load_split
 from edgedetr.evaluation.reference import Reference
 from edgedetr.evaluation.verify import stored_reference
-from edgedetr.quantization.calibration import CalibrationSet, check_image_count, choose_images
+from edgedetr.quantization.calibration_set import CalibrationSet, check_image_count, choose_images
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.storage.digests import digest
 

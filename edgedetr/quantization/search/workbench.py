@@ -25,7 +25,8 @@ from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.progress import Progress
 from edgedetr.quantization import target as dialects
 from edgedetr.quantization.bias_correction import IMAGES
-from edgedetr.quantization.calibration import evenly_spaced, observe, share_pool_ranges
+from edgedetr.quantization.calibration import observe
+from edgedetr.quantization.calibration_set import evenly_spaced
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.cures import cured_plan
@@ -37,6 +38,7 @@ from edgedetr.quantization.placement import Placement, RangesByObserver, alphas_
 from edgedetr.quantization.policy import check_policy, load_policy
 from edgedetr.quantization.quantize import ABSMAX_IMAGES, int8_graph, read_onnx
 from edgedetr.quantization.quantized_tensors import quantized_tensors, tensors_to_observe
+from edgedetr.quantization.ranges import share_pool_ranges
 from edgedetr.quantization.search.image_sets import ImageSets
 from edgedetr.quantization.search.search_state import SearchState
 from edgedetr.quantization.sensitivity import DIALECT

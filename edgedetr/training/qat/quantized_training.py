@@ -19,7 +19,8 @@ from edgedetr.models.deploy import bundle_detector, fuse, load_fused
 from edgedetr.models.detector import DetrModel
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.progress import Progress
-from edgedetr.quantization.calibration import Ranges, calibrate, choose_images, share_pool_ranges
+from edgedetr.quantization.calibration import calibrate
+from edgedetr.quantization.calibration_set import choose_images
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import LEARNED
@@ -27,6 +28,7 @@ from edgedetr.quantization.placement import Placement, plan_for
 from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy
 from edgedetr.quantization.quantize import read_onnx
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.ranges import Ranges, share_pool_ranges
 from edgedetr.recipe import Recipe
 from edgedetr.storage.atomic import atomic_write
 from edgedetr.storage.reading import read_json

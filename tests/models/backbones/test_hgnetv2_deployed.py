@@ -29,12 +29,13 @@ from edgedetr.lint.lint import lint
 from edgedetr.lint.rtx import check_all
 from edgedetr.onnx_graph.fp16 import convert_to_fp16
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.calibration import calibrate, share_pool_ranges
+from edgedetr.quantization.calibration import calibrate
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.policy import load_policy, make_plan
 from edgedetr.quantization.qdq import insert_qdq
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
+from edgedetr.quantization.ranges import share_pool_ranges
 from edgedetr.quantization.target import CPU, TENSORRT, weight_bits
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnxruntime import OrtRunner

@@ -24,7 +24,6 @@ from edgedetr.errors import ExportError, TrainingError, UsageError
 from edgedetr.models.deploy import DeployGraph, bundle_detector, fuse
 from edgedetr.models.records import Outputs
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.calibration import Ranges
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.groups import groups_of
@@ -32,6 +31,7 @@ from edgedetr.quantization.placement import Placement, plan_for
 from edgedetr.quantization.policy import load_policy
 from edgedetr.quantization.quantize import read_onnx
 from edgedetr.quantization.quantized_tensors import quantized_tensors
+from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.target import TENSORRT
 from edgedetr.recipe import Recipe
 from edgedetr.training.config import LossConfig

@@ -15,11 +15,11 @@ from edgedetr.errors import TrainingError
 from edgedetr.models import build
 from edgedetr.models.deploy import fusable, fuse, load_fused
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.calibration import share_pool_ranges
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.policy import Policy, Product, load_policy, make_plan
 from edgedetr.quantization.quantize import read_onnx
 from edgedetr.quantization.quantized_weight import quantize_weight
+from edgedetr.quantization.ranges import share_pool_ranges
 from edgedetr.training.qat.quantizers import QuantizedConv2d, TensorRange, weight_scale
 from edgedetr.training.qat.student import learned_ranges, make_student
 
