@@ -345,6 +345,7 @@ def export(
     _check_search(int8, max_drop, target, search_images, threads)
     by_policy = any(text.startswith("quant.policy=") for text in sets)
     placement, note = placement_of(opened, "quant.policy was given" if by_policy else "") if int8 else (None, "")
+    cure_for = () if not known_cures else None if target is None else (target,)
     found = None
     if max_drop is not None:
         from edgedetr.exporting.budget import search_within
@@ -366,6 +367,7 @@ def export(
             images=search_images,
             calib=None if calib is None else Path(calib),
             quant=chosen.quant if chosen else None,
+            cure_for=cure_for,
             threads=threads,
             progress=progress,
         )
@@ -381,7 +383,7 @@ def export(
         config=chosen.export if chosen else None,
         quant=chosen.quant if chosen else None,
         placement=placement,
-        cure_for=() if not known_cures else None if target is None else (target,),
+        cure_for=cure_for,
         progress=progress,
     )
     if chosen:

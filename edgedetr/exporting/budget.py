@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgedetr.bundle import Bundle
@@ -21,6 +22,7 @@ def search_within(
     images: int | None = None,
     calib: Path | None = None,
     quant: QuantConfig | None = None,
+    cure_for: Sequence[str] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> SearchReport:
@@ -36,6 +38,7 @@ def search_within(
         images=images or IMAGES,
         calib=calib,
         config=quant or recipe_settings(bundle)[1],
+        cure_for=cure_for,
         threads=threads,
         progress=progress,
     )

@@ -39,7 +39,7 @@ from edgedetr.quantization.search.image_sets import ImageSets, image_sets
 from edgedetr.quantization.search.search_report import Candidate, SearchReport
 from edgedetr.quantization.search.search_state import SearchState
 from edgedetr.quantization.search.sequential import LookResult, certify
-from edgedetr.quantization.search.workbench import ALPHA, TARGETS, Workbench, placement_key
+from edgedetr.quantization.search.workbench import ALPHA, TARGETS, Workbench
 from edgedetr.runtime.backends.base import Runner
 from edgedetr.runtime.latency import error_of_median, rotated
 from edgedetr.runtime.postprocess import Detections
@@ -64,6 +64,7 @@ def search(
     calib: Path | None = None,
     config: QuantConfig | None = None,
     verify: VerifyConfig | None = None,
+    cure_for: Sequence[str] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> SearchReport:
@@ -73,6 +74,7 @@ def search(
     target     "onnxruntime", "openvino" or "tensorrt": which latency is minimized
     images     to compare placements on: labeled, and neither for calibration nor for verification
     calib      calibration images; None = those of the present ranges.json, or of the calibration split
+    cure_for   backends whose known faults are cured; None = those on which verify judges the target's file
     threads    of one inference; None = all cores
 
     Errors: UsageError, ExportError, BundleError, DataError.
@@ -99,7 +101,9 @@ def search(
             "images": sets.digest(),
         },
     )
-    bench = Workbench(bundle, TARGETS[target], config, sets, state, threads=threads, progress=progress)
+    bench = Workbench(
+        bundle, TARGETS[target], config, sets, state, cure_for=cure_for, threads=threads, progress=progress
+    )
     return _Search(bench, max_drop, verify).run()
 
 
@@ -252,7 +256,7 @@ class _Search:
     def _measured(self, candidate: Candidate, costs: Costs) -> Candidate:
         """A candidate with its latency, and with its distance and AP drop on the search images."""
         bench = self.bench
-        key = placement_key(candidate.placement, bench.target.name)
+        key = bench.key(candidate.placement)
         if bench.target.here:
             times = bench.state.value(["latency", key, bench.threads], lambda: self._latency(candidate))
         else:
@@ -345,7 +349,7 @@ class _Search:
     def _verified(self, candidate: Candidate, n: int) -> dict[int, Detections]:
         """Detections of a candidate on the first n verify images; what is kept is not computed again."""
         bench = self.bench
-        key = placement_key(candidate.placement, bench.target.name)
+        key = bench.key(candidate.placement)
 
         @cache
         def runner() -> Runner:

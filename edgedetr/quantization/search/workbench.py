@@ -22,6 +22,7 @@ from edgedetr.evaluation.artifacts_run import SIMULATED_FP16
 from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16
 from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.package_data import patterns_file
 from edgedetr.progress import Progress
 from edgedetr.quantization import target as dialects
 from edgedetr.quantization.bias_correction import IMAGES
@@ -29,7 +30,7 @@ from edgedetr.quantization.calibration import observe
 from edgedetr.quantization.calibration_set import evenly_spaced
 from edgedetr.quantization.concat_split import split_concats
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.cures import cured_plan
+from edgedetr.quantization.cures import concerns, cured_plan
 from edgedetr.quantization.distance_meter import DistanceMeter
 from edgedetr.quantization.groups import Group, groups_of
 from edgedetr.quantization.matched_distance import distances
@@ -50,6 +51,7 @@ from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.postprocess import Detections
 from edgedetr.runtime.postprocess import decode as decode_outputs
 from edgedetr.runtime.preprocess import prepare
+from edgedetr.storage.digests import digest
 
 ALPHA = 0.5  # of SmoothQuant, where the search tries it (Xiao et al. 2023, section 5.1)
 OBSERVERS_TRIED = ("percentile 99.99", "mse")  # the two that lose least on published INT8 detectors
@@ -92,9 +94,11 @@ class Workbench:
         sets: ImageSets,
         state: SearchState,
         *,
+        cure_for: Sequence[str] | None = None,
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> None:
+        """cure_for: backends whose known faults are cured; None = those on which verify judges the target's file"""
         self.bundle, self.target, self.config, self.sets, self.state = bundle, target, config, sets, state
         self.threads, self.progress = threads, progress
         model = split_concats(read_onnx(bundle.require(ONNX.file)))
@@ -105,6 +109,8 @@ class Workbench:
         cpu = replace(dialects.CPU, weight_bits=weight_bits(config.cpu_weights))
         self.dialect: Target = cpu if target.artifact is INT8_CPU else dialects.TENSORRT
         self.everything = Placement(tuple(group.id for group in self.groups))
+        chosen = target.artifact.verified if cure_for is None else cure_for
+        self.cure_for = tuple(backend for backend in chosen if concerns(self.dialect, backend))
 
     @cached_property
     def meter(self) -> DistanceMeter:
@@ -198,9 +204,9 @@ class Workbench:
             graph = GraphIndex(smoothed(graph, factors))
             absmax = partial(self._absmax_of, graph)
         batches = self._bias_batches if corrected and self.config.bias_correction else None
-        amax, cure_for = share_pool_ranges(graph.model, amax), (self.target.name,)
-        plan = cured_plan(graph, plan, amax, self.dialect, cure_for).plan
-        result = int8_graph(graph, plan, amax, self.dialect, batches, cure_for)
+        amax = share_pool_ranges(graph.model, amax)
+        plan = cured_plan(graph, plan, amax, self.dialect, self.cure_for).plan
+        result = int8_graph(graph, plan, amax, self.dialect, batches, self.cure_for)
         if self.dialect.fp16:
             result = convert_to_fp16(result, absmax(), self.policy.float32_nodes(result)).model
         return result
@@ -244,8 +250,13 @@ class Workbench:
 
     def candidate_graph(self, placement: Placement) -> Path:
         """The graph of a placement as export writes it, built once."""
-        about = ["graph", placement_key(placement, self.target.name)]
+        about = ["graph", self.key(placement)]
         return self.state.file(about, "onnx", lambda: self.model(placement).SerializeToString(deterministic=True))
+
+    def key(self, placement: Placement) -> str:
+        """A short name of a placement's graph, equal for equal graphs: it changes with what is known of faults too."""
+        cures = [*self.cure_for, digest(patterns_file())] if self.cure_for else []
+        return hashlib.sha256(" ".join([self.target.name, placement.sha256(), *cures]).encode()).hexdigest()[:16]
 
     # ------------------------------------------------------------------------------------------------------ running
 
@@ -305,8 +316,3 @@ class Workbench:
         manifest = self.bundle.manifest
         geometry = prepare([decode(path)], manifest.input)[1]
         return decode_outputs(raw, geometry, manifest.classes, manifest.output)[0]
-
-
-def placement_key(placement: Placement, target: str) -> str:
-    """A short name of a placement on a target, equal for equal values."""
-    return hashlib.sha256(f"{target} {placement.sha256()}".encode()).hexdigest()[:16]
