@@ -133,7 +133,7 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
     metadata = {**model_metadata(manifest, manifest.files[weights.name].sha256), "export": made_by}
     with bundle.add(ONNX.file, stage=ONNX.step, made_from=ONNX.made_from) as temporary:
         write_onnx(graph, temporary, batch=None if config.dynamic_batch else 1, opset=config.opset, metadata=metadata)
-        compare_with_pytorch(graph, temporary, _probes(manifest, dataset), manifest)
+        compare_with_pytorch(graph, temporary, _probes(manifest, dataset))
     if progress:
         progress("onnx", 1, 1)
 

@@ -21,11 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 import edgedetr
 from edgedetr.artifacts import ONNX
-from edgedetr.bundle import Manifest
 from edgedetr.errors import ExportError
-from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.module_paths import module_path
+from edgedetr.models.selection import Selection
 from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, check_graph
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.onnx_graph.io import read_bundle_graph
@@ -33,8 +32,6 @@ from edgedetr.onnx_graph.opset import OPSET
 from edgedetr.quantization.policy import set_role
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
-from edgedetr.runtime.postprocess import decode
-from edgedetr.runtime.preprocess import Geometry
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +44,12 @@ BOXES = 2e-4  # of a box side, as a fraction of the image (0.13 px at 640)
 class OnnxDifference:
     """Largest differences between PyTorch and ONNX Runtime over some images, query for query.
 
-    reordered   fraction of the queries with another index (ties in top-k), 0..1
-    as_objects  images that agree only as detections, because a tie at the edge of top-k selected another query
+    selection   of the score of a selected cell from that of the cell of the same rank in PyTorch; 0 without a selection
     """
 
     logits: float
     boxes: float
-    reordered: float
-    as_objects: int
+    selection: float
 
 
 def write_onnx(
@@ -119,81 +114,54 @@ class _Reshapes(TorchFunctionMode):
         return tensor.reshape(*shape[:dim], *sizes, *shape[dim + 1 :])
 
 
-def compare_with_pytorch(graph: DeployGraph, path: Path, images: np.ndarray, manifest: Manifest) -> OnnxDifference:
+def compare_with_pytorch(graph: DeployGraph, path: Path, images: np.ndarray) -> OnnxDifference:
     """Compare the file in ONNX Runtime with PyTorch. Errors: ExportError when it is not the same detector.
 
-    Most images must agree as tensors, within LOGITS and BOXES; all of them as matched detections. A file with an open
-    batch size must agree on single images and on three at a time; it was traced with neither.
+    Where two cells have nearly equal scores, rounding decides which of them becomes a query, or in which order. So
+    PyTorch computes with the cells that the file selects, and their scores are compared with those of its own best. A
+    file with an open batch size must agree on single images and on three at a time; it was traced with neither.
 
     images   [B, 3, H, W] float32, RGB 0..255
     """
-    largest = np.zeros(2)  # differences of logits and of boxes
-    reordered, loose, count = [], [], 0
-    for expected, actual in _run_both(graph, path, images):
-        order = _matching_queries(expected, actual)
-        logits = _largest_difference(expected.logits[0], actual.logits[0][order])
-        boxes = _largest_difference(expected.boxes[0], actual.boxes[0][order])
-        largest = np.maximum(largest, [logits, boxes])
-        reordered.append(float((order != np.arange(len(order))).mean()))
-        if not (logits <= LOGITS and boxes <= BOXES):  # NaN fails too
-            loose.append((expected, actual))
-        count += 1
-    if 2 * len(loose) > count or not all(_same_objects(expected, actual, manifest) for expected, actual in loose):
+    largest = np.zeros(3)
+    for expected, actual, gap in _run_both(graph, path, images):
+        difference = [np.abs(expected.logits - actual.logits).max(), np.abs(expected.boxes - actual.boxes).max(), gap]
+        largest = np.maximum(largest, difference)
+    logits, boxes, selection = map(float, largest)
+    if not (logits <= LOGITS and boxes <= BOXES and selection <= LOGITS):  # NaN fails too
         raise ExportError(
-            f"{ONNX.file} differs from PyTorch by up to {largest[0]:.2g} in a logit and {largest[1]:.2g} "
-            f"in a box side; expected at most {LOGITS:g} and {BOXES:g}; export with the other sampling "
-            "(--sampling gather or grid_sample) and report this, it is a defect"
+            f"{ONNX.file} differs from PyTorch by up to {logits:.2g} in a logit, {boxes:.2g} in a box side and "
+            f"{selection:.2g} in the score of a selected cell; expected at most {LOGITS:g}, {BOXES:g} and {LOGITS:g}; "
+            "export with the other sampling (--sampling gather or grid_sample) and report this, it is a defect"
         )
-    log.info("%s equals PyTorch to %.1e in logits and %.1e in boxes", ONNX.file, *largest)
-    return OnnxDifference(float(largest[0]), float(largest[1]), float(np.mean(reordered)), len(loose))
+    log.info("%s equals PyTorch to %.1e in logits and %.1e in boxes", ONNX.file, logits, boxes)
+    return OnnxDifference(logits, boxes, selection)
 
 
-def _run_both(graph: DeployGraph, path: Path, images: np.ndarray) -> Iterator[tuple[RawOutputs, RawOutputs]]:
-    """Outputs of PyTorch and of the file in ONNX Runtime, image by image: logits [1, N, K], boxes [1, N, 4]."""
+def _run_both(graph: DeployGraph, path: Path, images: np.ndarray) -> Iterator[tuple[RawOutputs, RawOutputs, float]]:
+    """Outputs of PyTorch and of the file in ONNX Runtime, batch by batch, and the gap of the selection."""
     device = next(graph.parameters()).device
-    runner = OrtRunner(path)
+    model, selected = _with_selection(read_bundle_graph(path, ExportError))
+    runner = OrtRunner(model)
     size = runner.batch or 1
     batches = [images[start : start + size] for start in range(0, len(images), size)]
     if runner.batch is None:
         batches.append(np.resize(images, (3, *images.shape[1:])))  # repeats where there are fewer
     for batch in batches:
-        actual = runner.run(batch)
-        if len(actual.logits) != len(batch) or len(actual.boxes) != len(batch):
+        logits, boxes, *cells = runner.session.run(["logits", "boxes", *selected], {"images": batch})
+        if len(logits) != len(batch) or len(boxes) != len(batch):
             raise ExportError(
-                f"{ONNX.file} gives {len(actual.logits)} results for {len(batch)} images; expected "
+                f"{ONNX.file} gives {len(logits)} results for {len(batch)} images; expected "
                 "one each; export with one batch size and report this, it is a defect"
             )
-        with torch.no_grad():
-            logits, boxes = (out.cpu().numpy() for out in graph(torch.from_numpy(batch).to(device)))
-        for i in range(len(batch)):
-            one = slice(i, i + 1)
-            yield RawOutputs(logits[one], boxes[one]), RawOutputs(actual.logits[one], actual.boxes[one])
+        chosen = Selection([torch.from_numpy(indices).to(device) for indices in cells])
+        with torch.no_grad(), chosen:
+            expected = graph(torch.from_numpy(batch).to(device))
+        yield RawOutputs(*(out.cpu().numpy() for out in expected)), RawOutputs(logits, boxes), chosen.gap
 
 
-def _same_objects(expected: RawOutputs, actual: RawOutputs, manifest: Manifest) -> bool:
-    """Whether every confident detection is found again at almost the same position, and none is added."""
-    whole = [Geometry.of(manifest.input.height, manifest.input.width, manifest.input)]
-    first, second = ({0: decode(raw, whole, manifest.classes, manifest.output)[0]} for raw in (expected, actual))
-    found = compare_detections(first, second, iou=0.9)
-    return found.matched in (None, 1.0) and found.spurious in (None, 0.0)
-
-
-def _largest_difference(expected: np.ndarray, actual: np.ndarray) -> float:
-    return float(np.abs(expected - actual).max())
-
-
-def _matching_queries(expected: RawOutputs, actual: RawOutputs) -> np.ndarray:
-    """[N] for each query the index of its counterpart: its own where that agrees, otherwise the nearest free one.
-
-    Equal scores of two-stage members may be ordered either way, so a query can have another index without being wrong.
-    """
-    logits, boxes, other_logits, other_boxes = expected.logits[0], expected.boxes[0], actual.logits[0], actual.boxes[0]
-    order = np.arange(len(logits))
-    distance = np.maximum(np.abs(logits - other_logits).max(-1) / LOGITS, np.abs(boxes - other_boxes).max(-1) / BOXES)
-    loose = np.flatnonzero(~(distance <= 1))
-    free = list(loose)
-    for query in loose:
-        by_logits = np.abs(logits[query] - other_logits[free]).max(-1) / LOGITS
-        by_boxes = np.abs(boxes[query] - other_boxes[free]).max(-1) / BOXES
-        order[query] = free.pop(int(np.argmin(np.maximum(by_logits, by_boxes))))
-    return order
+def _with_selection(model: onnx.ModelProto) -> tuple[bytes, list[str]]:
+    """A serialized graph that gives the indices of each TopK as well, and their names in the order of the graph."""
+    names = [node.output[1] for node in model.graph.node if node.op_type == "TopK"]
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in names)
+    return model.SerializeToString(), names

@@ -7,15 +7,14 @@ query and nothing has to be matched.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from edgedetr.layers.box_ops import cxcywh_to_xyxy, paired_giou
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.records import Outputs
+from edgedetr.models.selection import Selection
 from edgedetr.training.config import LossConfig, TrainConfig
 from edgedetr.training.criterion import Criterion, mean_over_processes
 from edgedetr.training.data.dataset import PaddedTargets
@@ -55,35 +54,6 @@ class QuantizedTraining(nn.Module):
         with selection:
             queries = model.select(memory)
         return model.decode(queries, memory, last_only=not self.every_layer)
-
-
-class Selection(TorchFunctionMode):
-    """The best cells that are selected while it is entered for the first time are selected again in later times.
-
-    A member without a selection is not affected.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._chosen: list[Tensor] = []
-        self._entered, self._next = 0, 0
-
-    def __enter__(self) -> Selection:
-        self._entered, self._next = self._entered + 1, 0
-        super().__enter__()
-        return self
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in (torch.topk, Tensor.topk):
-            return func(*args, **kwargs)
-        if self._entered == 1:
-            found = func(*args, **kwargs)
-            self._chosen.append(found.indices)
-            return found
-        indices, self._next = self._chosen[self._next], self._next + 1
-        dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
-        return torch.return_types.topk((args[0].gather(dim, indices), indices))
 
 
 def paired_distillation(outputs: Outputs, teacher: Outputs, config: LossConfig, softmax: bool) -> Tensor:

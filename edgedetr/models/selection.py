@@ -1,0 +1,53 @@
+"""Run a two-stage member with a given selection of its best cells, so that two runs can be compared query for query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Selection(TorchFunctionMode):
+    """While it is entered, torch.topk takes given elements; without given ones, those that it took at the first time.
+
+    A member without a selection is not affected.
+
+    chosen   the indices for each call, in order
+    gap      largest difference of a value that was taken by a given index from the one that topk would have taken there
+    """
+
+    def __init__(self, chosen: Sequence[Tensor] | None = None) -> None:
+        super().__init__()
+        self.gap = 0.0
+        self._given, self._recording = chosen is not None, chosen is None
+        self._chosen: list[Tensor] = list(chosen or ())
+        self._next = 0
+
+    def __enter__(self) -> Selection:
+        self._next = 0
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._recording = False
+        super().__exit__(*exception)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (torch.topk, Tensor.topk):
+            return func(*args, **kwargs)
+        if self._recording:
+            found = func(*args, **kwargs)
+            self._chosen.append(found.indices)
+            return found
+        if self._next == len(self._chosen):
+            raise ValueError(f"more than {len(self._chosen)} selections; expected as many as were given")
+        indices, self._next = self._chosen[self._next], self._next + 1
+        dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+        values = args[0].gather(dim, indices)
+        if self._given:
+            self.gap = max(self.gap, float((func(*args, **kwargs).values - values).abs().max()))
+        return torch.return_types.topk((values, indices))
