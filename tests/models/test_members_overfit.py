@@ -117,7 +117,7 @@ STEPS = {
     "deimv2": 300,
     "dino": 250,
     "lw_detr": 400,
-    "rf_detr": 500,
+    "rf_detr": 900,
 }
 
 
