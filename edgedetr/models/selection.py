@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -49,5 +50,6 @@ class Selection(TorchFunctionMode):
         dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
         values = args[0].gather(dim, indices)
         if self._given:
-            self.gap = max(self.gap, float((func(*args, **kwargs).values - values).abs().max()))
+            difference = float((func(*args, **kwargs).values - values).abs().max())
+            self.gap = float(np.maximum(self.gap, difference))  # a NaN stays, which max would lose
         return torch.return_types.topk((values, indices))

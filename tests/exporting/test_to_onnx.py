@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgedetr.errors import ExportError
 from edgedetr.exporting.to_onnx import compare_with_pytorch, write_onnx
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
+from edgedetr.models.selection import Selection
 from edgedetr.onnx_graph.bundle_graph import check_graph
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.onnx_graph.index import GraphIndex
@@ -94,6 +95,13 @@ def test_a_graph_that_selects_other_cells_is_refused(fresh, tmp_path):
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(ExportError, match="in the score of a selected cell"):
         compare_with_pytorch(graph, tmp_path / "model.onnx", noise_images(1))
+
+
+def test_a_nan_among_the_scores_is_not_taken_for_equal():
+    selection = Selection([torch.tensor([[0, 1]])])
+    with selection:
+        torch.tensor([[float("nan"), 1.0, 0.5]]).topk(2, dim=1)
+    assert np.isnan(selection.gap)
 
 
 @pytest.mark.parametrize("member", ["rt_detr", "detr"])
