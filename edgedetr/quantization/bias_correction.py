@@ -6,7 +6,8 @@ weights for their rounding errors to cancel; where the input is never negative, 
 
 To correct layer after layer would take as many passes over the images as there are layers. Here the layers are divided
 into a few parts, in the order of the graph. Within a part, each image's own mean error replaces the mean error over all
-images, which is known only after the pass; the layers of earlier parts have their final biases.
+images, which is known only after the pass; the layers of earlier parts have their final biases. The float graph takes
+one pass, for all of its quantized graphs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from edgedetr.onnx_graph.graph_edit import copy_without, prune
 from edgedetr.onnx_graph.graph_walk import captured
@@ -24,123 +25,143 @@ from edgedetr.quantization.policy import Layer, QuantizationPlan
 from edgedetr.quantization.qdq import bias_input
 
 IMAGES = 64  # at most; of the demonstration's 96, 32 leave twice the error in the means that all leave
-PARTS = 4  # passes over the images, each over the layers up to the end of its part
-INT8_PREFIX = "int8/"  # before the names of the nodes and tensors of the quantized half
+PARTS = 4  # passes of the quantized graph over the images, each over the layers up to the end of its part
 
 
-def bias_shifts(
-    graph: GraphIndex,
-    quantized: ModelProto,
-    plan: QuantizationPlan,
-    batches: Callable[[], Iterable[np.ndarray]],
-    parts: int = PARTS,
-) -> dict[str, np.ndarray]:
-    """{name of a layer's node: [O] float32 to add to its bias}, for every layer that has a bias input.
+class BiasCorrection:
+    """Corrects biases of the quantized graphs of one float graph, which itself runs once over the images.
 
-    graph       the float graph
-    quantized   the same with Q/DQ pairs, in float32, with uncorrected biases
-    batches     yields the images as the graph takes them, [1, 3, H, W] float32; called once per part
-    parts       more are more exact, up to the number of layers
+    graph     the float graph
+    layers    all that any of its quantized graphs has in INT8
+    batches   yields the images as the graph takes them, [1, 3, H, W] float32; called once per pass
 
-    Both graphs run as one model, one image at a time. Behind each layer of the quantized half, the mean of every
-    channel is corrected before the following layers read it, so that a layer's shift does not include those of the
-    layers before it. Memory: the activations of one image and [O] numbers per layer.
+    Memory: the activations of one image, and [I, O] numbers per layer.
     """
-    layers = [layer for layer in plan.layers if bias_input(layer, graph) is not None]
-    shifts: dict[str, np.ndarray] = {}
-    for part in np.array_split(np.arange(len(layers)), min(parts, len(layers))) if layers else ():
-        shifts |= _mean_outputs(*_joint_model(graph, quantized, [layers[i] for i in part], shifts), batches())
-    return shifts
+
+    def __init__(self, graph: GraphIndex, layers: Iterable[Layer], batches: Callable[[], Iterable[np.ndarray]]) -> None:
+        self.graph, self.batches = graph, batches
+        self._layers = [layer for layer in layers if bias_input(layer, graph) is not None]
+        self._means: list[dict[str, np.ndarray]] | None = None
+
+    def shifts(self, quantized: ModelProto, plan: QuantizationPlan, parts: int = PARTS) -> dict[str, np.ndarray]:
+        """{name of a layer's node: [O] float32 to add to its bias}, for every layer that has a bias input.
+
+        quantized   the float graph with Q/DQ pairs, in float32, with uncorrected biases
+        plan        its layers are among those of this object
+        parts       more are more exact, up to the number of layers
+
+        Behind each layer, the mean of every channel is corrected before the following layers read it, so that a layer's
+        shift does not include those of the layers before it.
+        """
+        chosen = {layer.node for layer in plan.layers}
+        layers = [layer for layer in self._layers if layer.node in chosen]
+        if not layers:
+            return {}
+        if self._means is None:
+            self._means = self._float_means()
+        shifts: dict[str, np.ndarray] = {}
+        for part in np.array_split(np.arange(len(layers)), min(parts, len(layers))):
+            shifts |= self._part(quantized, [layers[i] for i in part], shifts)
+        return shifts
+
+    def _float_means(self) -> list[dict[str, np.ndarray]]:
+        """[I] {layer: mean of its output over each channel, [1, O, 1, 1] or [1, O]}, in the float graph."""
+        layers = {layer.node: layer for layer in self._layers}
+        nodes: list[NodeProto] = []
+        constants, outputs = dict(self.graph.initializers), {}
+        for node in self.graph.nodes:
+            nodes.append(node)
+            if layer := layers.get(node.name):  # its mean comes just behind it, so that its output can go
+                outputs[layer.node] = f"{node.output[0]}/mean"
+                nodes += _channel_means(node.output[0], outputs[layer.node], layer, self.graph, constants)
+        session = _session(self.graph.model, nodes, constants, list(outputs.values()))
+        found = []
+        for batch in self.batches():
+            values = session.run({"images": batch})
+            found.append({layer: values[output] for layer, output in outputs.items()})
+        return found
+
+    def _part(
+        self, quantized: ModelProto, part: Sequence[Layer], known: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """{layer: [O] float32, mean of its shift over the images}.
+
+        part    the layers whose shifts are measured
+        known   shifts of the layers before them
+        """
+        layers = {layer.node: layer for layer in part}
+        constants = {item.name: item for item in (*self.graph.initializers.values(), *quantized.graph.initializer)}
+        nodes: list[NodeProto] = []
+        shifts: dict[str, str] = {}
+        exact: dict[str, str] = {}
+        for source in quantized.graph.node:
+            if source.name not in layers and source.name not in known:
+                nodes.append(source)
+                continue
+            node = NodeProto.FromString(source.SerializeToString())
+            corrected = node.output[0]
+            raw, shift = f"{corrected}/raw", f"{corrected}/shift"
+            node.output[0] = raw
+            nodes.append(node)
+            if source.name in layers:
+                layer = layers[source.name]
+                mean = f"{corrected}/mean"
+                exact[layer.node], shifts[layer.node] = f"{corrected}/float mean", shift
+                nodes += _channel_means(raw, mean, layer, self.graph, constants)
+                nodes.append(helper.make_node("Sub", [exact[layer.node], mean], [shift]))
+            else:
+                weight = self.graph.initializers[self.graph.node_by_name[source.name].input[1]]
+                trailing = len(weight.dims) - 2  # axes behind the channels: 2 of a convolution
+                value = known[source.name].reshape(-1, *[1] * trailing)
+                constants[shift] = numpy_helper.from_array(value, shift)
+            nodes.append(helper.make_node("Add", [raw, shift], [corrected]))
+        assert self._means is not None
+        inputs = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, self._means[0][layer].shape)
+            for layer, name in exact.items()
+        ]
+        session = _session(quantized, nodes, constants, list(shifts.values()), inputs)
+        sums = {layer: np.zeros(0) for layer in layers}
+        for number, batch in enumerate(self.batches()):
+            means = self._means[number]
+            values = session.run({"images": batch, **{name: means[layer] for layer, name in exact.items()}})
+            for name, output in shifts.items():
+                flat = values[output].reshape(-1).astype(np.float64)
+                sums[name] = sums[name] + flat if number else flat
+        return {layer: (total / len(self._means)).astype(np.float32) for layer, total in sums.items()}
 
 
-def _mean_outputs(model: bytes, outputs: Mapping[str, str], batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
-    """{layer: [O] float32, mean of its output over the images}; outputs: {layer: name of an output}."""
-    # Without optimizations: Q/DQ in float arithmetic, as the graph is written, on every CPU.
-    session = GraphSession(model, list(outputs.values()), integers=False, lean=True, in_order=True)
-    sums = {layer: np.zeros(0) for layer in outputs}
-    count = 0
-    for batch in batches:
-        values = session.run({"images": batch})
-        for layer, output in outputs.items():
-            flat = values[output].reshape(-1).astype(np.float64)
-            sums[layer] = sums[layer] + flat if count else flat
-        count += 1
-    return {layer: (total / count).astype(np.float32) for layer, total in sums.items()}
-
-
-def _joint_model(
-    graph: GraphIndex, quantized: ModelProto, part: Sequence[Layer], known: Mapping[str, np.ndarray]
-) -> tuple[bytes, dict[str, str]]:
-    """Float and quantized graph in one serialized model, and {layer's node: the output that is its shift}.
-
-    part    the layers whose shifts are measured
-    known   shifts of the layers before them
-    """
-    layers = {layer.node: layer for layer in part}
-    made = {name for node in quantized.graph.node for name in node.output}
-    constants = {item.name: item for item in (*graph.model.graph.initializer, *quantized.graph.initializer)}
-    exact = [NodeProto.FromString(node.SerializeToString()) for node in graph.nodes]
-    place = {node.name: number for number, node in enumerate(exact)}
-    nodes: list[NodeProto] = []
-    taken = (
-        0  # of `exact`: each comes just before its quantized form, so that its output goes as soon as it is compared
-    )
-    outputs: dict[str, str] = {}
-    for source in quantized.graph.node:
-        upto = max(taken, place.get(source.name, -1) + 1)
-        nodes += exact[taken:upto]
-        taken = upto
-        node = NodeProto.FromString(source.SerializeToString())
-        node.name = INT8_PREFIX + source.name
-        for names in (node.input, node.output):
-            for index, name in enumerate(names):
-                names[index] = INT8_PREFIX + name if name in made else name
-        nodes.append(node)
-        layer, corrected = layers.get(source.name), node.output[0]
-        if layer is not None:
-            node.output[0], outputs[layer.node] = f"{corrected}/raw", f"{corrected}/shift"
-            nodes += _correction(source.output[0], corrected, layer, graph, constants)
-        elif source.name in known:
-            node.output[0] = f"{corrected}/raw"
-            weight = graph.initializers[graph.node_by_name[source.name].input[1]]
-            trailing = len(weight.dims) - 2  # axes behind the channels: 2 of a convolution
-            shift = known[source.name].reshape(-1, *[1] * trailing)
-            constants[f"{corrected}/shift"] = numpy_helper.from_array(shift, f"{corrected}/shift")
-            nodes.append(helper.make_node("Add", [f"{corrected}/raw", f"{corrected}/shift"], [corrected]))
-    nodes += exact[taken:]
-    return _model_of(graph.model, nodes, constants, list(outputs.values())).SerializeToString(), outputs
-
-
-def _correction(
-    exact: str, corrected: str, layer: Layer, graph: GraphIndex, constants: dict[str, TensorProto]
-) -> list[NodeProto]:
-    """Nodes for corrected = raw + shift; shift, [1, O, 1, 1] or [1, O], is the mean of exact - raw per channel."""
-    raw, error, shift = (f"{corrected}/{word}" for word in ("raw", "error", "shift"))
-    nodes = [helper.make_node("Sub", [exact, raw], [error])]
-    shape = graph.initializers[layer.weight].dims
-    if layer.op == "MatMul":  # of any rank, channels last
-        rows = f"{corrected}/rows"
-        constants[rows] = numpy_helper.from_array(np.array([-1, shape[layer.axis]]), rows)
-        nodes.append(helper.make_node("Reshape", [error, rows], [f"{error}/rows"]))
-        error = f"{error}/rows"
-    axes = [0, *range(2, len(shape))] if layer.op == "Conv" else [0]
-    constants[f"{corrected}/axes"] = numpy_helper.from_array(np.array(axes), f"{corrected}/axes")
-    return [
-        *nodes,
-        helper.make_node("ReduceMean", [error, f"{corrected}/axes"], [shift], keepdims=1),
-        helper.make_node("Add", [raw, shift], [corrected]),
-    ]
-
-
-def _model_of(
-    model: ModelProto, nodes: list[NodeProto], constants: Mapping[str, TensorProto], outputs: list[str]
-) -> ModelProto:
-    """A model with the inputs of `model` and these outputs, of the nodes that the outputs need."""
+def _session(
+    model: ModelProto,
+    nodes: list[NodeProto],
+    constants: Mapping[str, TensorProto],
+    outputs: list[str],
+    inputs: Sequence[ValueInfoProto] = (),
+) -> GraphSession:
+    """A session for a model with the inputs of `model` and these, of the nodes that the outputs need."""
     result = copy_without(model, "node", "initializer", "output")
     graph = result.graph
     graph.node.extend(nodes)
+    graph.input.extend(inputs)
     graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
     prune(result)
     read = {name for node in graph.node for name in (*node.input, *captured(node))}
     graph.initializer.extend(tensor for name, tensor in constants.items() if name in read)
-    return result
+    # Without optimizations: Q/DQ in float arithmetic, as the graph is written, on every CPU.
+    return GraphSession(result.SerializeToString(), outputs, integers=False, lean=True, in_order=True)
+
+
+def _channel_means(
+    tensor: str, mean: str, layer: Layer, graph: GraphIndex, constants: dict[str, TensorProto]
+) -> list[NodeProto]:
+    """Nodes for the mean of a layer's output over each channel, [1, O, 1, 1] or [1, O]."""
+    nodes = []
+    shape = graph.initializers[layer.weight].dims
+    if layer.op == "MatMul":  # of any rank, channels last
+        rows = f"{tensor}/rows"
+        constants[f"{rows}/shape"] = numpy_helper.from_array(np.array([-1, shape[layer.axis]]), f"{rows}/shape")
+        nodes.append(helper.make_node("Reshape", [tensor, f"{rows}/shape"], [rows]))
+        tensor = rows
+    axes = [0, *range(2, len(shape))] if layer.op == "Conv" else [0]
+    constants[f"{mean}/axes"] = numpy_helper.from_array(np.array(axes), f"{mean}/axes")
+    return [*nodes, helper.make_node("ReduceMean", [tensor, f"{mean}/axes"], [mean], keepdims=1)]

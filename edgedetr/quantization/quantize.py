@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.progress import Progress
-from edgedetr.quantization.bias_correction import IMAGES, PARTS, bias_shifts
+from edgedetr.quantization.bias_correction import IMAGES, PARTS, BiasCorrection
 from edgedetr.quantization.calibration import ranges_of
 from edgedetr.quantization.calibration_set import choose_images, evenly_spaced
 from edgedetr.quantization.concat_split import split_concats
@@ -122,8 +122,9 @@ def quantize(
     if folds.possible:
         graph = GraphIndex(smoothed(graph, ranges.smooth))
     job = _Job(bundle, graph, policy, config, calib, progress, placement, cure_for)
+    corrections = _Corrections(job, plan)
     for target in (TENSORRT, replace(CPU, weight_bits=weight_bits(config.cpu_weights))):
-        _write_int8(job, plan, ranges, target)
+        _write_int8(job, plan, ranges, target, corrections)
     log.info("%d layers INT8, %d float", len(plan.layers), len(plan.float_layers))
     return plan
 
@@ -174,7 +175,7 @@ def read_onnx(path: Path) -> ModelProto:
     return model
 
 
-def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Target) -> None:
+def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Target, corrections: _Corrections) -> None:
     """The INT8 graph for one target, unless the bundle has it already."""
     cure_for = target.artifact.verified if job.cure_for is None else job.cure_for
     chosen = cured_plan(job.graph, plan, ranges.amax, target, cure_for)
@@ -197,18 +198,18 @@ def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Targe
     made_by = json.dumps({**about, "bias_correction": [IMAGES, PARTS]} if job.config.bias_correction else about)
     if _is_made_by(job.bundle, target.artifact.file, made_by):
         return
-    passes = None
+    correction = None
     if job.config.bias_correction:
         old = _is_made_by(job.bundle, target.artifact.file, _without_products(made_by))
         otherwise = f"{target.artifact.file} is kept, with its matrix products in float" if old else NOT_CORRECTED
         paths = _images_of(job.bundle, ranges, otherwise)
         if paths:
-            passes = _passes(job, paths, f"bias {target.name}")
+            correction = corrections.on(paths, f"bias {target.name}")
         elif old:
             return
         else:
             made_by = json.dumps(about)
-    result = int8_graph(job.graph, plan, ranges.amax, target, passes, cure_for if chosen.cures else ())
+    result = int8_graph(job.graph, plan, ranges.amax, target, correction, cure_for if chosen.cures else ())
     _warn_of_faults(job, result, target)
     metadata = {**_metadata(result), MADE_BY: made_by, FLOAT_LAYERS: _by_reason(plan.float_layers)}
     if target.fp16:
@@ -221,18 +222,18 @@ def int8_graph(
     plan: QuantizationPlan,
     amax: Mapping[str, float],
     target: Target,
-    batches: Callable[[], Iterable[np.ndarray]] | None = None,
+    correction: BiasCorrection | None = None,
     cure_for: Sequence[str] = (),
 ) -> ModelProto:
     """The graph in INT8 for one target, float32 elsewhere, with corrected biases.
 
-    amax      {tensor: largest magnitude that INT8 represents}
-    batches   yields images as the graph takes them, once per call, to correct biases on; None = they stay as they are
-    cure_for  the backends whose known patterns are cured; the plan is that of `cures.cured_plan`
+    amax        {tensor: largest magnitude that INT8 represents}
+    correction  of biases, on the float graph; None = they stay as they are
+    cure_for    the backends whose known patterns are cured; the plan is that of `cures.cured_plan`
     """
     result = insert_qdq(graph, plan, amax, target)
-    if batches is not None:
-        result = insert_qdq(graph, plan, amax, target, bias_shifts(graph, result, plan, batches))
+    if correction is not None:
+        result = insert_qdq(graph, plan, amax, target, correction.shifts(result, plan))
     return runnable(cured(result, cure_for).model if cure_for else result, target)
 
 
@@ -313,19 +314,31 @@ def _images_of(bundle: Bundle, ranges: Ranges, otherwise: str) -> list[Path]:
     return evenly_spaced(found.paths, IMAGES)
 
 
-def _passes(job: _Job, paths: Sequence[Path], name: str) -> Callable[[], Iterator[np.ndarray]]:
-    """A function that yields the images once per call; its PARTS calls are one task for the progress."""
-    done = 0
+class _Corrections:
+    """One bias correction for the graphs of all targets, with the float graph's pass and each target's as tasks."""
 
-    def one_pass() -> Iterator[np.ndarray]:
-        nonlocal done
-        for batch in _batches(job.bundle, paths):
+    def __init__(self, job: _Job, plan: QuantizationPlan) -> None:
+        self._job, self._plan = job, plan
+        self._made: BiasCorrection | None = None
+        self._name, self._passes = "", 0
+
+    def on(self, paths: Sequence[Path], name: str) -> BiasCorrection:
+        """name: of the target's task"""
+        self._name, self._passes = name, 0
+        if self._made is None:
+            self._passes = -1  # the float graph's comes first
+            self._made = BiasCorrection(self._job.graph, self._plan.layers, lambda: self._one_pass(paths))
+        return self._made
+
+    def _one_pass(self, paths: Sequence[Path]) -> Iterator[np.ndarray]:
+        before = self._passes * len(paths)
+        self._passes += 1
+        for number, batch in enumerate(_batches(self._job.bundle, paths)):
             yield batch
-            done += 1
-            if job.progress:
-                job.progress(name, done, PARTS * len(paths))
-
-    return one_pass
+            if self._job.progress and before < 0:
+                self._job.progress("bias float", number + 1, len(paths))
+            elif self._job.progress:
+                self._job.progress(self._name, before + number + 1, PARTS * len(paths))
 
 
 def _batches(bundle: Bundle, paths: Sequence[Path]) -> Iterator[np.ndarray]:

@@ -33,7 +33,7 @@ from edgedetr.exporting.settings import settings
 from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16
 from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.bias_correction import IMAGES, bias_shifts
+from edgedetr.quantization.bias_correction import IMAGES, BiasCorrection
 from edgedetr.quantization.calibration import observe
 from edgedetr.quantization.calibration_set import choose_images
 from edgedetr.quantization.concat_split import split_concats
@@ -64,6 +64,7 @@ class GraphWriter:
         self.plan = make_plan(self.graph, self.policy)
         self.paths = choose_images(bundle, None, self.config.images).paths
         self.histograms = observe(self.model, tensors_to_observe(self.graph, self.plan), self.paths, self.contract)
+        self.correction = BiasCorrection(self.graph, self.plan.layers, lambda: self.batches(IMAGES))
         self.absmax = activation_absmax(self.graph, self.batches(ABSMAX_IMAGES))
 
     def batches(self, count: int) -> Iterator[np.ndarray]:
@@ -76,8 +77,7 @@ class GraphWriter:
         amax = share_pool_ranges(self.model, amax)
         result = insert_qdq(self.graph, self.plan, amax, target)
         if corrected:
-            found = bias_shifts(self.graph, result, self.plan, lambda: self.batches(IMAGES))
-            result = insert_qdq(self.graph, self.plan, amax, target, found)
+            result = insert_qdq(self.graph, self.plan, amax, target, self.correction.shifts(result, self.plan))
         return (
             convert_to_fp16(result, self.absmax, self.policy.float32_nodes(result)).model if target.fp16 else result
         ).SerializeToString()

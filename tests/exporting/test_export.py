@@ -137,6 +137,7 @@ def test_progress_reports_each_kind_of_work_to_its_end(fresh, tmp_path):
         "onnx": (1, 1),
         "calibrate": (8, 8),
         "fp16": (8, 8),
+        "bias float": (8, 8),
         "bias tensorrt": (8 * PARTS, 8 * PARTS),
         "bias cpu": (8 * PARTS, 8 * PARTS),
     }

@@ -12,7 +12,7 @@ from tiny_network import CHANNELS, SIGNED, convolve, fake, fake_weight, network,
 
 from edgedetr.lint.lint import lint
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.bias_correction import bias_shifts
+from edgedetr.quantization.bias_correction import PARTS, BiasCorrection
 from edgedetr.quantization.policy import Policy, QuantizationPlan, make_plan
 from edgedetr.quantization.qdq import insert_qdq
 from edgedetr.quantization.quantized_tensors import tensors_to_observe
@@ -37,6 +37,12 @@ def ranges(model: ModelProto, plan: QuantizationPlan, images: list[np.ndarray]) 
     return share_pool_ranges(
         model, {name: 0.9 * max(float(np.abs(v[i]).max()) for v in values) for i, name in enumerate(names)}
     )
+
+
+def shifts(
+    model: ModelProto, quantized: ModelProto, plan: QuantizationPlan, images: list[np.ndarray], parts: int = PARTS
+) -> dict[str, np.ndarray]:
+    return BiasCorrection(GraphIndex(model), plan.layers, lambda: images).shifts(quantized, plan, parts)
 
 
 def channel_means(values: np.ndarray) -> np.ndarray:
@@ -100,9 +106,7 @@ def test_shifts_equal_loops_over_images_layers_and_channels(rng):
         matrix = fake_weight(w["m"].T[:, :, None, None])[:, :, 0, 0]
         product = matrix @ fake(rounded.reshape(64, CHANNELS), amax["tokens"]).T  # [O, 64]: channels first
         right("head/matmul", w["m"].T @ exact.reshape(64, CHANNELS).T, product)
-    found = bias_shifts(
-        GraphIndex(model), insert_qdq(GraphIndex(model), plan, amax, TENSORRT), plan, lambda: images, parts=1
-    )
+    found = shifts(model, insert_qdq(GraphIndex(model), plan, amax, TENSORRT), plan, images, parts=1)
     assert found.keys() == expected.keys()
     for layer, shift in found.items():
         # Float32 sums of products of up to 300, and single values that fall to the other side of a tie.
@@ -114,7 +118,7 @@ def test_shifts_equal_loops_over_images_layers_and_channels(rng):
 def test_on_one_image_the_mean_of_every_channel_of_every_layer_is_that_of_float(case, target: Target):
     model, images, plan, amax = case
     quantized = insert_qdq(GraphIndex(model), plan, amax, target)
-    found = bias_shifts(GraphIndex(model), quantized, plan, lambda: images[-1:])
+    found = shifts(model, quantized, plan, images[-1:])
     before = mean_errors(model, quantized, images[-1:])
     after = mean_errors(model, insert_qdq(GraphIndex(model), plan, amax, target, found), images[-1:])
     for layer in LAYERS:
@@ -127,7 +131,7 @@ def test_on_one_image_the_mean_of_every_channel_of_every_layer_is_that_of_float(
 def test_over_all_images_the_means_are_those_of_float_where_every_layer_is_a_part_of_its_own(case, target: Target):
     model, images, plan, amax = case
     quantized = insert_qdq(GraphIndex(model), plan, amax, target)
-    found = bias_shifts(GraphIndex(model), quantized, plan, lambda: images, parts=len(LAYERS))
+    found = shifts(model, quantized, plan, images, parts=len(LAYERS))
     before = mean_errors(model, quantized, images)
     after = mean_errors(model, insert_qdq(GraphIndex(model), plan, amax, target, found), images)
     for layer in LAYERS:
@@ -140,7 +144,7 @@ def test_over_all_images_the_means_are_those_of_float_where_every_layer_is_a_par
 def test_in_one_part_half_the_error_of_the_means_goes_although_images_differ_fourfold(case, target: Target):
     model, images, plan, amax = case
     quantized = insert_qdq(GraphIndex(model), plan, amax, target)
-    found = bias_shifts(GraphIndex(model), quantized, plan, lambda: images, parts=1)
+    found = shifts(model, quantized, plan, images, parts=1)
     before = mean_errors(model, quantized, images)
     after = mean_errors(model, insert_qdq(GraphIndex(model), plan, amax, target, found), images)
     for layer in LAYERS:
@@ -151,9 +155,7 @@ def test_in_one_part_half_the_error_of_the_means_goes_although_images_differ_fou
 def test_only_values_of_biases_change(case, target: Target):
     model, images, plan, amax = case
     before = insert_qdq(GraphIndex(model), plan, amax, target)
-    after = insert_qdq(
-        GraphIndex(model), plan, amax, target, bias_shifts(GraphIndex(model), before, plan, lambda: images)
-    )
+    after = insert_qdq(GraphIndex(model), plan, amax, target, shifts(model, before, plan, images))
     assert [(n.name, n.op_type, list(n.output)) for n in after.graph.node] == [
         (n.name, n.op_type, list(n.output)) for n in before.graph.node
     ]
@@ -176,10 +178,7 @@ def test_without_shifts_the_bytes_are_those_of_before_and_with_them_always_the_s
         plain = insert_qdq(GraphIndex(model), plan, amax, target)
         assert insert_qdq(GraphIndex(model), plan, amax, target, {}).SerializeToString() == plain.SerializeToString()
         one, two = (
-            insert_qdq(
-                GraphIndex(model), plan, amax, target, bias_shifts(GraphIndex(model), plain, plan, lambda: images)
-            )
-            for _ in range(2)
+            insert_qdq(GraphIndex(model), plan, amax, target, shifts(model, plain, plan, images)) for _ in range(2)
         )
         assert one.SerializeToString() == two.SerializeToString() != plain.SerializeToString()
 
@@ -219,7 +218,7 @@ def test_a_convolution_or_gemm_without_a_bias_gets_one_and_a_bare_product_is_lef
     plan = make_plan(GraphIndex(model), Policy("all"))
     amax = ranges(model, plan, images)
     before = insert_qdq(GraphIndex(model), plan, amax, target)
-    found = bias_shifts(GraphIndex(model), before, plan, lambda: images)
+    found = shifts(model, before, plan, images)
     assert found.keys() == {"conv", "gemm", "gemm without bias"}
     after = insert_qdq(GraphIndex(model), plan, amax, target, found)
     added = {node.name for node in after.graph.node} - {node.name for node in before.graph.node}
@@ -232,11 +231,36 @@ def test_a_convolution_or_gemm_without_a_bias_gets_one_and_a_bare_product_is_lef
         assert np.abs((a - c).mean(axis=axes)).max() < 0.03 * shift
 
 
-def test_a_float_layer_runs_just_before_its_quantized_form(case, monkeypatch, tmp_path):
-    """So that its result goes once it is compared: also where several nodes read one dequantized tensor."""
+def test_the_mean_of_a_float_layer_comes_just_behind_it(case, monkeypatch, tmp_path):
+    """So that its result can go: all of them together are far more than one image's."""
     model, images, plan, amax = case
     graph = GraphIndex(model)
     order = KernelOrder(monkeypatch, tmp_path)
-    bias_shifts(graph, insert_qdq(graph, plan, amax, TENSORRT), plan, lambda: images[:1], parts=1)
-    ran = [name for _, name in order.of(0, {"Conv", "MatMul"})]
-    assert ran == [name for layer in LAYERS for name in (layer, f"int8/{layer}")]
+    shifts(model, insert_qdq(graph, plan, amax, TENSORRT), plan, images[:1], parts=1)
+    ran = [kind for kind, _ in order.of(0, {"Conv", "MatMul", "ReduceMean"})]
+    assert ran == ["Conv", "ReduceMean"] * 3 + ["MatMul", "ReduceMean"]
+
+
+def test_the_float_graph_runs_once_over_the_images_for_all_of_its_quantized_graphs(case):
+    model, images, plan, amax = case
+    passes = []
+    correction = BiasCorrection(GraphIndex(model), plan.layers, lambda: passes.append(1) or images)
+    graphs = [insert_qdq(GraphIndex(model), plan, amax, target) for target in (TENSORRT, CPU)]
+    together = [correction.shifts(graph, plan, parts=2) for graph in graphs]
+    assert len(passes) == 1 + 2 * 2
+    for graph, found in zip(graphs, together):
+        alone = shifts(model, graph, plan, images, parts=2)
+        assert found.keys() == alone.keys() == set(LAYERS)
+        for layer, shift in found.items():
+            np.testing.assert_array_equal(shift, alone[layer])
+
+
+def test_a_plan_with_fewer_layers_takes_the_means_that_were_found_for_all(case):
+    model, images, plan, amax = case
+    correction = BiasCorrection(GraphIndex(model), plan.layers, lambda: images)
+    fewer = replace(plan, layers=plan.layers[1:3])
+    graph = insert_qdq(GraphIndex(model), fewer, amax, TENSORRT)
+    found, alone = correction.shifts(graph, fewer), shifts(model, graph, fewer, images)
+    assert found.keys() == alone.keys() == {layer.node for layer in fewer.layers}
+    for layer, shift in found.items():
+        np.testing.assert_array_equal(shift, alone[layer])

@@ -25,7 +25,7 @@ from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.package_data import patterns_file
 from edgedetr.progress import Progress
 from edgedetr.quantization import target as dialects
-from edgedetr.quantization.bias_correction import IMAGES
+from edgedetr.quantization.bias_correction import IMAGES, BiasCorrection
 from edgedetr.quantization.calibration import observe
 from edgedetr.quantization.calibration_set import evenly_spaced
 from edgedetr.quantization.concat_split import split_concats
@@ -195,6 +195,7 @@ class Workbench:
         plan = plan_for(self.graph, self.policy, placement)
         observers = observers_of(self.graph, self.policy, placement, plan)
         amax, graph, absmax = self.ranges.resolved(observers), self.graph, lambda: self._absmax
+        correction = self._correction if corrected and self.config.bias_correction else None
         if placement.smooth:
             chosen = folds_of(graph, plan, alphas_of(graph, self.policy, placement, 0.0)).possible
             factors = {fold.tensor: self._factors[fold.tensor] for fold in chosen}
@@ -203,10 +204,10 @@ class Workbench:
             }
             graph = GraphIndex(smoothed(graph, factors))
             absmax = partial(self._absmax_of, graph)
-        batches = self._bias_batches if corrected and self.config.bias_correction else None
+            correction = correction and BiasCorrection(graph, plan.layers, self._bias_batches)
         amax = share_pool_ranges(graph.model, amax)
         plan = cured_plan(graph, plan, amax, self.dialect, self.cure_for).plan
-        result = int8_graph(graph, plan, amax, self.dialect, batches, self.cure_for)
+        result = int8_graph(graph, plan, amax, self.dialect, correction, self.cure_for)
         if self.dialect.fp16:
             result = convert_to_fp16(result, absmax(), self.policy.float32_nodes(result)).model
         return result
@@ -218,6 +219,12 @@ class Workbench:
     def _absmax_of(self, graph: GraphIndex) -> Mapping[str, float]:
         paths = evenly_spaced(self.sets.calibration.paths, ABSMAX_IMAGES)
         return activation_absmax(graph, self._batches(paths))
+
+    @cached_property
+    def _correction(self) -> BiasCorrection:
+        """For all placements without smoothing: the float graph runs once."""
+        plan = plan_for(self.graph, self.policy, self.everything)
+        return BiasCorrection(self.graph, plan.layers, self._bias_batches)
 
     def _bias_batches(self) -> Iterator[np.ndarray]:
         return self._batches(evenly_spaced(self.sets.calibration.paths, IMAGES))
