@@ -24,7 +24,7 @@ from edgedetr.artifacts import ONNX
 from edgedetr.errors import ExportError
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.module_paths import module_path
-from edgedetr.models.selection import Selection
+from edgedetr.models.selection import OtherSelections, Selection
 from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, check_graph
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.onnx_graph.io import read_bundle_graph
@@ -155,8 +155,14 @@ def _run_both(graph: DeployGraph, path: Path, images: np.ndarray) -> Iterator[tu
                 "one each; export with one batch size and report this, it is a defect"
             )
         chosen = Selection([torch.from_numpy(indices).to(device) for indices in cells])
-        with torch.no_grad(), chosen:
-            expected = graph(torch.from_numpy(batch).to(device))
+        try:
+            with torch.no_grad(), chosen:
+                expected = graph(torch.from_numpy(batch).to(device))
+        except OtherSelections as error:
+            raise ExportError(
+                f"{ONNX.file} selects cells {len(cells)} times, and PyTorch otherwise ({error}); report this, "
+                "it is a defect"
+            ) from error
         yield RawOutputs(*(out.cpu().numpy() for out in expected)), RawOutputs(logits, boxes), chosen.gap
 
 

@@ -11,10 +11,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
+class OtherSelections(ValueError):
+    """A run has another number of selections than the one that it is compared with."""
+
+
 class Selection(TorchFunctionMode):
     """While it is entered, torch.topk takes given elements; without given ones, those that it took at the first time.
 
-    A member without a selection is not affected.
+    A member without a selection is not affected. Errors: OtherSelections, where it is left or topk is called.
 
     chosen   the indices for each call, in order
     gap      largest difference of a value that was taken by a given index from the one that topk would have taken there
@@ -32,9 +36,11 @@ class Selection(TorchFunctionMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._recording = False
-        super().__exit__(*exception)
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
+        recorded, self._recording = self._recording, False
+        super().__exit__(kind, value, traceback)
+        if kind is None and not recorded and self._next < len(self._chosen):
+            raise OtherSelections(f"{self._next} selections; expected {len(self._chosen)}, as many as were given")
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -45,7 +51,7 @@ class Selection(TorchFunctionMode):
             self._chosen.append(found.indices)
             return found
         if self._next == len(self._chosen):
-            raise ValueError(f"more than {len(self._chosen)} selections; expected as many as were given")
+            raise OtherSelections(f"more than {len(self._chosen)} selections; expected as many as were given")
         indices, self._next = self._chosen[self._next], self._next + 1
         dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
         values = args[0].gather(dim, indices)

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgedetr.errors import ExportError
 from edgedetr.exporting.to_onnx import compare_with_pytorch, write_onnx
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
-from edgedetr.models.selection import Selection
+from edgedetr.models.selection import OtherSelections, Selection
 from edgedetr.onnx_graph.bundle_graph import check_graph
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.onnx_graph.index import GraphIndex
@@ -95,6 +95,28 @@ def test_a_graph_that_selects_other_cells_is_refused(fresh, tmp_path):
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(ExportError, match="in the score of a selected cell"):
         compare_with_pytorch(graph, tmp_path / "model.onnx", noise_images(1))
+
+
+def test_a_graph_with_one_selection_more_than_pytorch_is_refused(fresh, tmp_path):
+    _, graph = load_bundle_model(fresh("rt_detr", tmp_path / "b"))
+    write_onnx(graph, tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    (node,) = (node for node in model.graph.node if node.op_type == "TopK")
+    again = model.graph.node.add()
+    again.CopyFrom(node)
+    again.name, again.output[:] = "again", ["values again", "cells again"]
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="selects cells 2 times, and PyTorch otherwise"):
+        compare_with_pytorch(graph, tmp_path / "model.onnx", noise_images(1))
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_fewer_and_more_selections_than_were_given_are_an_error(calls):
+    selection = Selection([torch.tensor([[0]]), torch.tensor([[1]])])
+    with pytest.raises(OtherSelections, match="expected"):
+        with selection:
+            for _ in range(calls):
+                torch.tensor([[1.0, 2.0]]).topk(1, dim=1)
 
 
 def test_a_nan_among_the_scores_is_not_taken_for_equal():
