@@ -7,7 +7,7 @@ same (device_costs.py); without one the costs follow from multiply-accumulates, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any
@@ -82,8 +82,20 @@ class Costs:
     int8_conversion_ms: float = 0.0
 
     def choices(self, distances: Mapping[str, float]) -> dict[str, Choice]:
-        """What the solver takes: {group id: gain and distance} of the groups that have a distance."""
-        return {name: Choice(self.groups[name].gain_ms, distance) for name, distance in distances.items()}
+        """What the solver takes: {group id: gain and distance} of the groups that have a distance.
+
+        The others stay float, so what is converted between them and a group in INT8 is part of that group's time.
+        """
+        gains = {name: self.groups[name].gain_ms for name in distances}
+        for edge in self.edges:
+            for name, other in ((edge.first, edge.second), (edge.second, edge.first)):
+                if name in gains and other not in gains:
+                    gains[name] += edge.penalty
+        return {name: Choice(gains[name], distance) for name, distance in distances.items()}
+
+    def edges_among(self, names: Collection[str]) -> list[Edge]:
+        """The edges of which both groups are among these: what the solver takes beside `choices`."""
+        return [edge for edge in self.edges if edge.first in names and edge.second in names]
 
     def change(self, int8: Iterable[str]) -> Change:
         """What a placement is predicted to save or cost, without the discount that each group has for the solver.

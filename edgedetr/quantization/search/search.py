@@ -126,7 +126,7 @@ class _Search:
         distances = dict(zip(worth, self._distances([Placement((name,)) for name in worth])))
         observers = self._better_observers(distances)
         smooth = self._better_smoothed(distances, observers)
-        points = front(costs.choices(distances), [e for e in costs.edges if {e.first, e.second} <= distances.keys()])
+        points = front(costs.choices(distances), costs.edges_among(distances))
         candidates = [
             Candidate(
                 f"front {n + 1}", placed(point.int8, observers, smooth), costs.change(point.int8).ms, point.distance

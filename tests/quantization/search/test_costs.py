@@ -17,7 +17,7 @@ from edgedetr.quantization.quantized_tensors import tensors_to_observe
 from edgedetr.quantization.search import costs as costing
 from edgedetr.quantization.search.conversions import ConversionTime
 from edgedetr.quantization.search.costs import Costs, GroupCost, measured_costs
-from edgedetr.quantization.search.front import Edge
+from edgedetr.quantization.search.front import Edge, placement_cost, solve
 from edgedetr.quantization.search.kernel_times import KernelTime
 from edgedetr.quantization.search.owners import owner_of, shares_of
 from edgedetr.quantization.target import CPU
@@ -100,6 +100,17 @@ def test_the_noise_of_many_groups_does_not_add_up_to_a_loss():
     assert found.change(costs).ms == pytest.approx(-1.0) and found.change(costs).error_ms == pytest.approx(0.1)
     assert found.change(["g0"]).ms == pytest.approx(0.49) and found.change([]).ms == 0
     assert sum(cost.gain_ms for cost in costs.values()) == pytest.approx(1.0)  # as the solver discounts each alone
+
+
+def test_the_solver_pays_for_conversions_to_groups_that_stay_float():
+    """a alone gains 0.5 and converts to b for 0.8; b, which is not among the choices, stays float in any case."""
+    costs = {"a": GroupCost(1.0, 0.5, 0.0), "b": GroupCost(1.0, 5.0, 0.0), "c": GroupCost(1.0, 0.4, 0.0)}
+    found = Costs("x", "", True, costs, (Edge("a", "b", 0.8), Edge("b", "c", 0.1), Edge("a", "c", 0.05)), 3.0, 0.0)
+    distances = {"a": 1.0, "c": 1.0}
+    choices, edges = found.choices(distances), found.edges_among(distances)
+    for int8 in ([], ["a"], ["c"], ["a", "c"]):
+        assert placement_cost(int8, choices, edges) == pytest.approx(found.change(int8).ms)
+    assert solve(choices, edges, np.inf).int8 == ("c",)
 
 
 def test_a_conversion_takes_a_start_and_a_time_for_each_element():
