@@ -3,9 +3,10 @@
     python tests/benchmarks/search_table.py B --budgets 0.2 0.5 1.0 --target onnxruntime [--nncf 0.5] [--work DIR]
 
 For every budget: the accepted placement, its drop and bound on the verify images, image-forwards (runs of any session
-of ONNX Runtime, also those inside NNCF), and the latency of all graphs in turns, one thread, time of the CPU. B is
-copied, and stays as it is. Every finished step is kept in --work (default: B with .search-table), so the command can be
-repeated after an interruption. --images N takes only the first N verify images for NNCF, to try the script.
+of ONNX Runtime or model in OpenVINO, also those inside NNCF), and the latency of all graphs in turns, one thread, time
+of the CPU; for tensorrt it is what the search predicts. B is copied, and stays as it is. Every finished step is kept in
+--work (default: B with .search-table), so the command can be repeated after an interruption. --images N takes only the
+first N verify images for NNCF, to try the script.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.search.image_sets import image_sets
 from edgedetr.quantization.search.workbench import TARGETS
 from edgedetr.runtime.backends import base
+from edgedetr.runtime.backends.openvino import OpenVinoRunner
 from edgedetr.runtime.postprocess import decode as decode_outputs
 from edgedetr.runtime.preprocess import prepare
 
@@ -43,16 +45,19 @@ HEAD = "| | budget | INT8 groups | AP lost | bound (95 %) | image-forwards | ms 
 
 
 class Counted:
-    """Counts runs of ONNX Runtime sessions."""
+    """Counts runs of sessions of ONNX Runtime and of models in OpenVINO."""
 
     def __init__(self) -> None:
-        self.runs, original = 0, onnxruntime.InferenceSession.run
+        self.runs = 0
+        for kind in (onnxruntime.InferenceSession, OpenVinoRunner):
+            kind.run = self._counting(kind.run)
 
-        def run(session: Any, *arguments: Any, **named: Any) -> Any:
+    def _counting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(model: Any, *arguments: Any, **named: Any) -> Any:
             self.runs += 1
-            return original(session, *arguments, **named)
+            return original(model, *arguments, **named)
 
-        onnxruntime.InferenceSession.run = run
+        return run
 
 
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -79,6 +84,7 @@ def ours(work: Path, budget: float, target: str, counted: Counted, threads: int)
         position = list(report["order"]).index(report["accepted"])
         look = [one for one in report["looks"] if one["candidate"] == position][-1]
         row |= {"groups": len(accepted["placement"]["int8"]), "drop": look["drop"], "upper": look["upper"]}
+        row["predicted"] = f"{1 + accepted['predicted_ms'] / report['costs']['float_ms']:.2f} predicted"
     return row
 
 
@@ -145,7 +151,9 @@ def edgedetr_config(bundle: Bundle) -> Any:
 
 
 def latencies(work: Path, target: str) -> dict[str, float]:
-    """{graph: ms}, all in turns, one thread, time of the CPU: other processes disturb it less."""
+    """{graph: ms}, all in turns, one thread, time of the CPU: other processes disturb it less. {} where not here."""
+    if not TARGETS[target].here:
+        return {}
     bundle = Bundle.open(work / "searched.bundle")
     files = {"float32": bundle.require("model.onnx")}
     files |= {path.stem: path for path in sorted(work.glob("*.onnx")) if path.stem != "nncf-now"}
@@ -172,7 +180,7 @@ def main() -> None:
     arguments.add_argument("bundle", type=Path)
     arguments.add_argument("--budgets", type=float, nargs="+", default=[0.2, 0.5, 1.0])
     arguments.add_argument("--nncf", type=float, nargs="*", default=[])
-    arguments.add_argument("--target", choices=["onnxruntime", "openvino"], default="onnxruntime")
+    arguments.add_argument("--target", choices=list(TARGETS), default="onnxruntime")
     arguments.add_argument("--work", type=Path)
     arguments.add_argument("--images", type=int)
     given = arguments.parse_args()
@@ -192,11 +200,12 @@ def main() -> None:
         )
         rows.append((f"nncf-{budget:g}", budget, row))
     times = latencies(work, given.target)
-    print(f"\n{given.bundle.name}, {given.target}, float32 {times['float32']:.2f} ms\n\n{HEAD}\n{'|---' * 8}|")
+    about = f", float32 {times['float32']:.2f} ms" if times else ""
+    print(f"\n{given.bundle.name}, {given.target}{about}\n\n{HEAD}\n{'|---' * 8}|")
     for name, budget, row in rows:
         ms = times.get(name)
         drop, upper = (f"{row[key]:.2f}" if key in row else "-" for key in ("drop", "upper"))
-        speed = "- | -" if ms is None else f"{ms:.2f} | {ms / times['float32']:.2f}"
+        speed = f"- | {row.get('predicted', '-')}" if ms is None else f"{ms:.2f} | {ms / times['float32']:.2f}"
         print(f"| {name} | {budget:g} | {row['groups'] or '-'} | {drop} | {upper} | {row['forwards']} | {speed} |")
     print("\n" + "\n".join(f"- {name}: {row['note']}" for name, _, row in rows))
 

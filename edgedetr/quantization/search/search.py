@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from edgedetr.artifacts import ONNX, PLACEMENT, REFERENCE, SEARCH
 from edgedetr.bundle import Bundle
-from edgedetr.data.detection_set import Sample
 from edgedetr.errors import ExportError, UsageError, did_you_mean
-from edgedetr.evaluation.bootstrap import draw, resampled_ap, with_identity
 from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.reference import GroundTruth
@@ -39,10 +37,9 @@ from edgedetr.quantization.search.image_sets import ImageSets, image_sets
 from edgedetr.quantization.search.search_report import Candidate, SearchReport
 from edgedetr.quantization.search.search_state import SearchState
 from edgedetr.quantization.search.sequential import LookResult, certify
+from edgedetr.quantization.search.verify_split import VerifySplit
 from edgedetr.quantization.search.workbench import ALPHA, TARGETS, Workbench
-from edgedetr.runtime.backends.base import Runner
 from edgedetr.runtime.latency import error_of_median, rotated
-from edgedetr.runtime.postprocess import Detections
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +48,6 @@ ROUNDS, MOST_ROUNDS, STEADY = 20, 100, 0.01  # timing a candidate: until twice i
 RANDOM = 4  # random placements that check whether distances of single groups add up
 SENSITIVE = 10  # groups for which a second observer is tried
 BETTER = 0.9  # of the distance, at most, with an observer that replaces quant.observer: less is chance
-CHUNK = 32  # verify images whose detections are kept together: an interruption repeats no more
 LEAST_AP = 1.0  # points; as for verify, a model below it has nothing to lose
 
 
@@ -154,7 +150,8 @@ class _Search:
         if not order:
             return self._record(replace(report, outcome="float"))
         start = expected_start(order, self.budget, self._slope(candidates))
-        found = certify(len(order), start, self.budget, self._drops(order), len(self.sets.verify), seen=self._tell)
+        drops = VerifySplit(bench, self.verify).drops(order)
+        found = certify(len(order), start, self.budget, drops, len(self.sets.verify), seen=self._tell)
         named = tuple(order[i].name for i in range(len(order)))
         report = replace(report, order=named, looks=found.looks, certifiable=found.certifiable, outcome="none")
         if found.accepted is not None:
@@ -325,51 +322,7 @@ class _Search:
         square = sum(d * d for d, _ in pairs)
         return max(0.0, sum(d * drop for d, drop in pairs) / square) if square else 0.0
 
-    # ------------------------------------------------------------------------------------------------- verification
-
-    def _drops(self, order: Sequence[Candidate]) -> Callable[[int, int], np.ndarray]:
-        """What `certify` asks for: the resampled drops of a candidate on the first n verify images."""
-        truth = self.sets.reference.truth
-
-        @cache
-        def subset(n: int) -> tuple[GroundTruth, np.ndarray, np.ndarray]:
-            ids = [sample.image_id for sample in self.sets.verify[:n]]
-            part = truth.subset(ids)
-            counts = with_identity(draw(n, self.verify.bootstrap, self.verify.seed))
-            found = {i: self.sets.reference.detections[i] for i in ids}
-            return part, counts, resampled_ap(evaluate(part, found, by_size=False).matches, counts)
-
-        def drops(index: int, n: int) -> np.ndarray:
-            part, counts, reference = subset(n)
-            found = self._verified(order[index], n)
-            return reference - resampled_ap(evaluate(part, found, by_size=False).matches, counts)
-
-        return drops
-
-    def _verified(self, candidate: Candidate, n: int) -> dict[int, Detections]:
-        """Detections of a candidate on the first n verify images; what is kept is not computed again."""
-        bench = self.bench
-        key = bench.key(candidate.placement)
-
-        @cache
-        def runner() -> Runner:
-            return bench.open_file(bench.candidate_graph(candidate.placement))
-
-        found: dict[int, Detections] = {}
-        for start in range(0, n, CHUNK):
-            chunk = self.sets.verify[start : start + CHUNK]
-
-            def make(chunk: Sequence[Sample] = chunk, start: int = start) -> dict[int, Detections]:
-                made = {}
-                for number, sample in enumerate(chunk):
-                    made[sample.image_id] = bench.detect(runner(), sample.path)
-                    if bench.progress:
-                        bench.progress(f"verify {candidate.name}", start + number + 1, len(self.sets.verify))
-                return made
-
-            classes = bench.bundle.manifest.classes
-            found |= bench.state.detections(["verify", key, start], classes, make)
-        return {sample.image_id: found[sample.image_id] for sample in self.sets.verify[:n]}
+    # --------------------------------------------------------------------------------------------------- the record
 
     def _tell(self, look: LookResult) -> None:
         seen = look.candidate, look.images, look.drop, look.upper, look.outcome

@@ -32,6 +32,7 @@ from edgedetr.quantization.search import search as searching
 from edgedetr.quantization.search.decisions import predicted_latency
 from edgedetr.quantization.search.image_sets import image_sets, require_disjoint
 from edgedetr.quantization.search.search_state import SearchState
+from edgedetr.quantization.search.verify_split import CHUNK
 from edgedetr.quantization.search.workbench import TARGETS, Workbench
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.tensorrt.layer_profile import EngineTimes, LayerProfile, layer_times
@@ -233,7 +234,7 @@ def test_a_search_that_was_interrupted_repeats_no_evaluation(original, searched,
     verified = {look["candidate"]: look["images"] for look in whole["looks"]}
     at_least = 8 * (1 + len(whole["candidates"])) + sum(verified.values())
     # An interruption repeats at most the float outputs, one candidate on the search images, and one chunk of others.
-    assert at_least <= len(runs) <= at_least + 3 * (8 + 8 + searching.CHUNK)
+    assert at_least <= len(runs) <= at_least + 3 * (8 + 8 + CHUNK)
     # Each group and random placement is measured once on each search image, but for those that were interrupted.
     singles = 8 * (2 * len(whole["distances"]) + searching.RANDOM)  # with either observer
     assert singles <= len(distances) <= singles + 3 * 8
