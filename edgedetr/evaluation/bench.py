@@ -16,7 +16,7 @@ from edgedetr.evaluation.realized_precision import RealizedPrecision, realized_p
 from edgedetr.progress import Progress
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.backends import base
-from edgedetr.runtime.bundle_detector import Detector, load, load_engine
+from edgedetr.runtime.bundle_detector import Detector, load, load_engine, warn_of_threads
 from edgedetr.runtime.latency import measure
 
 
@@ -57,6 +57,8 @@ def bench(
     engines = fitting_engines(bundle, artifacts, backends)
     on_cpu = [name for name in backends or () if not base.get(name).runs_engines]
     pairs = candidates(bundle, benched_pairs(), artifacts, on_cpu or None) if on_cpu or not engines else []
+    if engines and not pairs:
+        warn_of_threads(bundle, threads)
     detectors = {pair: load(bundle, stage=pair[0], backend=pair[1], threads=threads) for pair in pairs}
     detectors |= {(engine.stage_name, TENSORRT): load_engine(bundle, engine) for engine in engines}
     sizes = {pair: bundle.manifest.files[GRAPHS[pair[0]].file].size / 1e6 for pair in pairs}

@@ -31,6 +31,7 @@ from edgedetr.evaluation.reference import GroundTruth, Reference, save_detection
 from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict, write_verdict
 from edgedetr.progress import Progress
 from edgedetr.runtime.backends import base
+from edgedetr.runtime.bundle_detector import warn_of_threads
 from edgedetr.runtime.latency import warn_if_unsteady
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ def verify(
     on_cpu = [name for name in backends or () if not base.get(name).runs_engines]
     pairs = candidates(bundle, verified_pairs(), artifacts, on_cpu or None) if on_cpu or not engines else []
     pairs = pairs if backends else without_saturating_int8(pairs)
+    if engines and not pairs:
+        warn_of_threads(bundle, threads)
     dataset = load_split(bundle, data)
     reference = live(bundle, dataset) if live else stored_reference(bundle, dataset)
     metrics = evaluate(reference.truth, reference.detections, by_size=False)

@@ -143,8 +143,7 @@ def load(
     if engines_only or (backend is None and (stage is None or not any(map(_on_cpu, on_files)))):
         detector, refused = _load_engine(bundle, stage, batch, trust)
         if detector is not None:
-            if threads is not None:
-                log.warning("%s: an engine runs on the GPU, where threads=%d has no effect", bundle.path, threads)
+            warn_of_threads(bundle, threads)
             return detector
         if engines_only:
             raise EngineError(
@@ -166,6 +165,12 @@ def load(
     cpu = _first_on_cpu(on_files)
     stage, reason = (stage, "as requested") if stage is not None else _stage_for(bundle, cpu)
     return _on_file(bundle, cpu, stage, threads, [reason, *refused])
+
+
+def warn_of_threads(bundle: Bundle, threads: int | None) -> None:
+    """Where only engines run: a number of threads that was asked for has no effect."""
+    if threads is not None:
+        log.warning("%s: an engine runs on the GPU, where threads=%d has no effect", bundle.path, threads)
 
 
 def _check_arguments(

@@ -260,6 +260,15 @@ def test_bench_times_the_engines(fake, bundle, tiny_graph, capsys):
     ]
 
 
+@pytest.mark.parametrize("command", ["verify", "bench", "predict"])
+def test_threads_that_engines_do_not_use_are_said(fake, bundle, tiny_graph, capsys, colors, command):
+    build(bundle, tiny_graph, "fp16")
+    image = [str(colors / "images" / "test" / "00.png")] if command == "predict" else []
+    for threads in ([], ["--threads", "2"]):
+        assert cli.run([command, str(bundle.path), *image, *threads]) == 0
+        assert ("threads=2 has no effect" in capsys.readouterr().err) == bool(threads)
+
+
 def test_verify_on_the_device_prints_what_is_only_known_of_engines(fake, bundle, tiny_graph, capsys, monkeypatch):
     build(bundle, tiny_graph, "int8", batch=4)
     monkeypatch.setattr(engine_verdict.jetson.Board, "conditions", lambda self: "power mode 15W (0)")
