@@ -1,4 +1,4 @@
-"""edgedetr report: writes one HTML page about a bundle, or one table of the verdicts of several."""
+"""edgedetr report: writes one HTML page about a bundle, or tables of the verdicts and searches of several."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgedetr.errors import UsageError
 @click.argument("bundles", required=False, nargs=-1, type=click.Path(path_type=Path), metavar="[BUNDLE]...")
 @data_option
 @click.option("--open", "open_it", is_flag=True, help="Open the page in the browser.")
-@click.option("--table", "as_table", is_flag=True, help="Print a Markdown table instead; takes several bundles.")
+@click.option("--table", "as_table", is_flag=True, help="Print Markdown tables instead; takes several bundles.")
 def report(bundles: tuple[Path, ...], data: Path | None, open_it: bool, as_table: bool) -> None:
     """Write one HTML page with the results of verify.
 
@@ -24,9 +24,10 @@ def report(bundles: tuple[Path, ...], data: Path | None, open_it: bool, as_table
     if as_table:
         if data is not None or open_it:
             raise UsageError("--table prints the stored verdicts: it needs no --data and opens no page")
-        from edgedetr.reporting.markdown import markdown_table
+        from edgedetr.reporting.markdown import markdown_table, search_table
 
-        write_out(markdown_table(opened))
+        verdicts, searches = markdown_table(opened), search_table(opened)
+        write_out((f"{verdicts}\n{searches}" if searches else verdicts).removesuffix("\n"))
         return
     if len(opened) > 1:
         raise UsageError(f"{len(opened)} bundles: a page is about one; for one table of all add --table")

@@ -1,4 +1,4 @@
-"""The verdicts of one or several bundles as one Markdown table: for READMEs, with other quantizers beside ours."""
+"""Verdicts and searches of several bundles as Markdown tables: for READMEs, with other quantizers beside ours."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from edgedetr.artifacts import GRAPHS, ONNX, ORT, VERDICT
 from edgedetr.bundle import Bundle
 from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict, read_verdict
 from edgedetr.printable import printable
+from edgedetr.quantization.search.search_report import SearchReport
+from edgedetr.reporting.quantization_results import read_search
 
 HEAD = (
     "bundle",
@@ -21,6 +23,18 @@ HEAD = (
     "of float32",
     "MB",
     "beside ours",
+)
+SEARCH_HEAD = (
+    "bundle",
+    "target",
+    "budget",
+    "placement",
+    "INT8 groups",
+    "AP lost (bound)",
+    "verify images",
+    "ms",
+    "of float",
+    "smallest certified budget",
 )
 # Milliseconds of one inference, by (artifact, backend).
 Timings = Mapping[tuple[str, str], float]
@@ -41,6 +55,32 @@ def markdown_table(bundles: Iterable[str | Path | Bundle], timings: Sequence[Tim
         measured = timings[number] if timings else _timings(verdict)
         lines += [_line(row) for row in _rows(bundle, verdict, measured)]
     return "\n".join(lines) + "\n"
+
+
+def search_table(bundles: Iterable[str | Path | Bundle]) -> str:
+    """The last search under a budget of each bundle that has one, one row each; "" where none has.
+
+    Errors: BundleError where one is damaged, or of another model.onnx.
+    """
+    found = [(bundle, read_search(bundle)) for bundle in map(Bundle.open, bundles)]
+    rows = [_search_row(bundle, search) for bundle, search in found if search is not None]
+    return "\n".join(map(_line, (SEARCH_HEAD, ["---"] * len(SEARCH_HEAD), *rows))) + "\n" if rows else ""
+
+
+def _search_row(bundle: Bundle, search: SearchReport) -> list[str]:
+    name, certified = bundle.path.name.removesuffix(".bundle"), search.smallest_budget
+    head = [name, search.target, f"{search.budget:g}"]
+    last = "" if certified is None else f"{certified:g}"
+    chosen = search.accepted_candidate
+    if chosen is None:
+        return [*head, {"none": "none is certified", "float": "none is faster"}[search.outcome], *[""] * 5, last]
+    look = search.last_look(chosen)
+    lost = f"{look.drop + 0.0:.2f} ({look.upper + 0.0:.2f})"
+    if chosen.float_ms:
+        times = [f"{chosen.int8_ms:.2f}", f"{chosen.int8_ms / chosen.float_ms:.2f}"]
+    else:  # costs by a model are in no unit of time
+        times = ["", f"{1 + chosen.predicted_ms / search.costs.float_ms:.2f} predicted"]
+    return [*head, chosen.name, str(len(chosen.placement.int8)), lost, str(look.images), *times, last]
 
 
 def _timings(verdict: Verdict) -> Timings:

@@ -1,4 +1,4 @@
-"""Read from a bundle what `edgedetr sensitivity` and a search under a budget have found, for the page."""
+"""Read from a bundle what `edgedetr sensitivity` and a search under a budget have found, for page and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgedetr.quantization.search.search_report import SearchReport
 from edgedetr.quantization.sensitivity import SensitivityResult
 from edgedetr.storage.reading import read_json
 
-LEFT_OUT = "so the page does not show it"
+LEFT_OUT = "so it is not shown"
 
 T = TypeVar("T")
 

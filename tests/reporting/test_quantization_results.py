@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from edgedetr.bundle import Bundle
+from edgedetr.cli import app
 from edgedetr.errors import BundleError
 from edgedetr.quantization.placement import Placement
 from edgedetr.quantization.search.costs import Costs, GroupCost
@@ -18,6 +19,7 @@ from edgedetr.quantization.search.front import Edge
 from edgedetr.quantization.search.search_report import Candidate, SearchReport
 from edgedetr.quantization.search.sequential import LookResult
 from edgedetr.quantization.sensitivity import Sensitive, SensitivityResult
+from edgedetr.reporting.markdown import markdown_table, search_table
 from edgedetr.reporting.quantization_results import read_search, read_sensitivity
 from edgedetr.reporting.report import write_report
 
@@ -139,7 +141,7 @@ def test_a_damaged_search_is_named_and_the_page_is_written(tmp_path: Path, verif
     with pytest.raises(BundleError, match=r"search\.json"):
         read_search(bundle)
     page = write_report(bundle).path.read_text(encoding="utf-8")
-    assert "search.json" in page and "so the page does not show it" in page
+    assert "search.json" in page and "so it is not shown" in page
     assert "Search for the fastest" not in page and "sensitive to INT8" in page
 
 
@@ -154,3 +156,48 @@ def test_results_of_an_older_graph_are_named_with_the_command(tmp_path: Path, ve
         path.write_bytes(b"another graph")
     page = write_report(bundle).path.read_text(encoding="utf-8")
     assert "results/sensitivity.json" in page and "edgedetr sensitivity" in page
+
+
+def test_the_table_has_a_row_for_each_search_with_its_figures(tmp_path: Path, verified: Any) -> None:
+    bundle = with_results(tmp_path, verified, search=search_json())
+    head, _, row = search_table([bundle, verified.bundle]).splitlines()
+    assert head.count("|") == row.count("|") == 11
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    # 12 of 20 ms; on 70 images 0.15 points lost, 0.41 at most, which is the smallest budget these images certify.
+    assert cells == ["b", "onnxruntime", "0.5", "front 1", "1", "0.15 (0.41)", "70", "12.00", "0.60", "0.41"]
+    assert search_table([verified.bundle]) == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"outcome": "none", "accepted": ""}, ["none is certified", *[""] * 5, "0.41"]),
+        ({"outcome": "float", "accepted": "", "looks": [], "order": [], "certifiable": None},
+         ["none is faster", *[""] * 6]),
+    ],
+)  # fmt: skip
+def test_a_search_that_accepts_nothing_says_why(
+    tmp_path: Path, verified: Any, changed: dict[str, Any], expected: list[str]
+) -> None:
+    table = search_table([with_results(tmp_path, verified, search=search_json(**changed))])
+    assert [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")][3:] == expected
+
+
+def test_a_latency_from_a_model_is_said_to_be_predicted(tmp_path: Path, verified: Any) -> None:
+    accepted = {**asdict(SEARCH.candidates[0]), "float_ms": 0.0, "int8_ms": -1.0}
+    table = search_table(
+        [
+            with_results(
+                tmp_path,
+                verified,
+                search=search_json(candidates=[accepted], order=["front 1"], looks=[asdict(SEARCH.looks[0])]),
+            )
+        ]
+    )
+    assert "| 70 |  | 0.95 predicted |" in table  # 1 of the float graph's 20 is saved
+
+
+def test_the_command_prints_both_tables(tmp_path: Path, verified: Any, capsys: Any) -> None:
+    bundle = with_results(tmp_path, verified, search=search_json())
+    assert app.run(["report", str(bundle.path), "--table"]) == 0
+    assert capsys.readouterr().out == f"{markdown_table([bundle])}\n{search_table([bundle])}"
