@@ -114,6 +114,25 @@ def start_of(recipe: Recipe) -> StartKind:
     return "random" if recipe.model.config.backbone_weights == "random" else "backbone"
 
 
+def frozen_at_random(recipe: Recipe) -> tuple[str, ...]:
+    """A sentence for each part of a backbone with random weights that does not learn."""
+    if start_of(recipe) != "random":
+        return ()
+    config, found = recipe.model.config, []
+    if stages := config.frozen_stages:
+        found.append(
+            f"model.frozen_stages = {stages}: the first layers of the backbone keep their random weights; to let them "
+            "learn: --set model.frozen_stages=0"
+        )
+    has_batch_norm = config.backbone.startswith(("resnet", "hgnetv2"))
+    if has_batch_norm and config.backbone_norm == "frozen":
+        found.append(
+            "model.backbone_norm = 'frozen': norms between random weights do not learn; to let them: "
+            "--set model.backbone_norm=trainable"
+        )
+    return tuple(found)
+
+
 def fit_to_machine(config: TrainConfig, *, gpu: bool, bf16: bool, cores: int, images: int) -> Plan:
     """Precision and workers of this machine. The batch stays "auto" on a GPU, where it is measured.
 

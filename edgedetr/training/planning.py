@@ -104,7 +104,7 @@ def plan_training(
         replace(asked, train=found.config),
         epochs,
         fine_tuning.recorded(found.config, asked.train),
-        (*machine.notes, *found.notes),
+        (*fine_tuning.frozen_at_random(asked), *machine.notes, *found.notes),
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from edgedetr.errors import RecipeError, TrainingError
 from edgedetr.progress import SilentTraining
-from edgedetr.recipe import Recipe
+from edgedetr.recipe import Recipe, shipped_recipes
 from edgedetr.storage.digests import digest
 from edgedetr.training import planning
 from edgedetr.training.config import ResolvedTrainConfig, TrainConfig, resolved
@@ -25,6 +25,7 @@ from edgedetr.training.fine_tuning import (
     StartKind,
     as_recorded,
     fit_to_machine,
+    frozen_at_random,
     recorded,
     resolve,
     start_of,
@@ -153,6 +154,25 @@ def test_the_start_of_a_recipe() -> None:
     for word, expected in (("none", "backbone"), ("random", "random"), ("some.bundle", "whole")):
         assert start_of(Recipe.load(sets=[f"train.start={word}"])) == expected
     assert start_of(Recipe.load("rtdetr-nano-bccd")) == "random"
+
+
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        (['model.backbone_weights="random"'], ["model.frozen_stages=0", "model.backbone_norm=trainable"]),
+        (['model.backbone_weights="random"', "model.frozen_stages=0"], ["model.backbone_norm=trainable"]),
+        (['model.backbone_weights="random"', "train.start=some.bundle"], []),  # the bundle's weights replace them
+        (["train.start=random"], []),  # which lets everything learn
+        (["train.start=none"], []),  # published weights of the backbone
+    ],
+)
+def test_what_stays_at_random_weights_is_said_with_the_setting_that_lets_it_learn(sets, expected) -> None:
+    found = frozen_at_random(Recipe.load("detr-r50", sets=sets))
+    assert [sentence.rpartition("--set ")[2] for sentence in found] == expected
+
+
+def test_no_shipped_recipe_freezes_random_weights() -> None:
+    assert [name for name in shipped_recipes() if frozen_at_random(Recipe.load(name))] == []
 
 
 @pytest.mark.parametrize("name", ["rtdetr-nano-bccd", "demo"])
