@@ -120,12 +120,17 @@ def _undominated(points: Sequence[FrontPoint]) -> list[FrontPoint]:
 
 
 def _thinned(points: Sequence[FrontPoint], most: int) -> tuple[FrontPoint, ...]:
-    """At most `most` of them with the first and the last, at steps of time as equal as possible."""
+    """At most `most` of them with the first and the last, at steps as equal as possible along the front.
+
+    A step counts time and distance alike, each as a share of what the front spans: near the fastest point much
+    distance is spent on little time, and there budgets of tenths of a point are decided.
+    """
     if len(points) <= most:
         return tuple(points)
-    gains = np.array([point.gain for point in points])
-    wanted = np.linspace(gains[0], gains[-1], most)
-    chosen = sorted({int(np.abs(gains - value).argmin()) for value in wanted} | {0, len(points) - 1})
+    values = np.array([(point.gain, point.distance) for point in points])
+    steps = np.abs(np.diff(values, axis=0)) / np.maximum(np.ptp(values, axis=0), 1e-12)
+    along = np.concatenate([[0.0], steps.sum(axis=1).cumsum()])
+    chosen = sorted({int(np.abs(along - value).argmin()) for value in np.linspace(0.0, along[-1], most)})
     return tuple(points[number] for number in chosen)
 
 

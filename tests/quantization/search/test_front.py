@@ -71,3 +71,13 @@ def test_where_nothing_is_faster_in_int8_the_front_is_empty():
     assert front({"a": Choice(0.5, 1), "b": Choice(0.0, 1)}, []) == ()
     assert front({}, []) == ()
     assert front({"a": Choice(-1, 1)}, []) != ()
+
+
+def test_a_thinned_front_leaves_no_large_gap_where_much_distance_buys_little_time():
+    """Gains fall as 1, 1/2, 1/3, ... and distances rise as 1, 2, 3, ...: the last groups hold most of the distance."""
+    choices = {f"g{n}": Choice(-1 / n, float(n)) for n in range(1, 25)}
+    points = front(choices, [], points=8)
+    assert len(points) <= 8 and len(points[-1].int8) == 24
+    spans = points[-1].distance - points[0].distance, points[0].gain - points[-1].gain
+    steps = [(b.distance - a.distance) / spans[0] + (a.gain - b.gain) / spans[1] for a, b in pairwise(points)]
+    assert max(steps) < 2 * 2 / 7, steps  # twice an equal step; by time alone the last one took 0.69
