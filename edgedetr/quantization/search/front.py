@@ -9,7 +9,10 @@ program by HiGHS (Huangfu and Hall 2018), with one continuous variable per edge 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,17 +77,36 @@ def solve(choices: Mapping[str, Choice], edges: Sequence[Edge], most: float) -> 
         size = max(float(distances.max(initial=0)), 1e-12)
         row = np.concatenate([distances / size, np.zeros(len(kept))])
         constraints.append(LinearConstraint(row[None], -np.inf, most / size + SLACK))
-    result = milp(
-        cost / scale,
-        integrality=np.concatenate([np.ones(len(names)), np.zeros(len(kept))]),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"time_limit": SECONDS, "mip_rel_gap": 0},
-    )
+    with _silent():
+        result = milp(
+            cost / scale,
+            integrality=np.concatenate([np.ones(len(names)), np.zeros(len(kept))]),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"time_limit": SECONDS, "mip_rel_gap": 0},
+        )
     if result.x is None:
         raise ExportError(f"the placement could not be solved: {result.message}; this is a fault of edgedetr")
     chosen = result.x[: len(names)] > 0.5
     return _point(names, chosen, choices, edges)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS writes lines for its own developers to standard output, whatever its options say."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def front(choices: Mapping[str, Choice], edges: Sequence[Edge], points: int = POINTS) -> tuple[FrontPoint, ...]:

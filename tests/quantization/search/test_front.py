@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
+from scipy.optimize import milp
 
+from edgedetr.quantization.search import front as solver
 from edgedetr.quantization.search.front import Choice, Edge, front, placement_cost, solve
 
 
@@ -81,3 +84,15 @@ def test_a_thinned_front_leaves_no_large_gap_where_much_distance_buys_little_tim
     spans = points[-1].distance - points[0].distance, points[0].gain - points[-1].gain
     steps = [(b.distance - a.distance) / spans[0] + (a.gain - b.gain) / spans[1] for a, b in pairwise(points)]
     assert max(steps) < 2 * 2 / 7, steps  # twice an equal step; by time alone the last one took 0.69
+
+
+def test_the_solver_writes_nothing_and_what_is_written_around_it_stays(capfd, monkeypatch):
+    def loud(*arguments, **named):
+        os.write(1, b"for the developers of HiGHS\n")
+        return milp(*arguments, **named)
+
+    monkeypatch.setattr(solver, "milp", loud)
+    print("before")
+    assert front(*problem(0, 12))
+    print("after")
+    assert capfd.readouterr().out == "before\nafter\n"
