@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import edgedetr
-from edgedetr.artifacts import INT8, INT8_CPU, ONNX, OPENVINO, ORT, QUANTIZERS, VERDICT
+from edgedetr.artifacts import INT8_CPU, ONNX, OPENVINO, ORT, QUANTIZERS, VERDICT
 from edgedetr.bundle import Bundle
 from edgedetr.errors import EdgedetrError, MissingDependency
 from edgedetr.evaluation.bench import bench
@@ -29,7 +29,7 @@ from edgedetr.quantization.peers.registry import PEERS
 from edgedetr.reporting.markdown import Timings, markdown_table
 from edgedetr.storage.atomic import atomic_write
 
-OURS = {ORT: INT8_CPU, OPENVINO: INT8}
+OURS = {ORT: INT8_CPU, OPENVINO: INT8_CPU}  # the faster one on a CPU with an 8-bit dot product
 
 
 def say(text: str) -> None:
