@@ -13,6 +13,7 @@ one pass, for all of its quantized graphs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
@@ -40,8 +41,7 @@ class BiasCorrection:
 
     def __init__(self, graph: GraphIndex, layers: Iterable[Layer], batches: Callable[[], Iterable[np.ndarray]]) -> None:
         self.graph, self.batches = graph, batches
-        self._layers = [layer for layer in layers if bias_input(layer, graph) is not None]
-        self._means: list[dict[str, np.ndarray]] | None = None
+        self._layers = list(layers)
 
     def shifts(self, quantized: ModelProto, plan: QuantizationPlan, parts: int = PARTS) -> dict[str, np.ndarray]:
         """{name of a layer's node: [O] float32 to add to its bias}, for every layer that has a bias input.
@@ -54,19 +54,23 @@ class BiasCorrection:
         shift does not include those of the layers before it.
         """
         chosen = {layer.node for layer in plan.layers}
-        layers = [layer for layer in self._layers if layer.node in chosen]
-        if not layers:
-            return {}
-        if self._means is None:
-            self._means = self._float_means()
+        if missing := chosen - {layer.node for layer in self._layers}:
+            raise ValueError(f"{len(missing)} layers are not among those of this object, as {min(missing)}")
+        layers = [layer for layer in self._corrected if layer.node in chosen]
         shifts: dict[str, np.ndarray] = {}
-        for part in np.array_split(np.arange(len(layers)), min(parts, len(layers))):
+        for part in np.array_split(np.arange(len(layers)), min(parts, len(layers))) if layers else ():
             shifts |= self._part(quantized, [layers[i] for i in part], shifts)
         return shifts
 
-    def _float_means(self) -> list[dict[str, np.ndarray]]:
+    @cached_property
+    def _corrected(self) -> list[Layer]:
+        """Layers that have a bias input."""
+        return [layer for layer in self._layers if bias_input(layer, self.graph) is not None]
+
+    @cached_property
+    def _means(self) -> list[dict[str, np.ndarray]]:
         """[I] {layer: mean of its output over each channel, [1, O, 1, 1] or [1, O]}, in the float graph."""
-        layers = {layer.node: layer for layer in self._layers}
+        layers = {layer.node: layer for layer in self._corrected}
         nodes: list[NodeProto] = []
         constants, outputs = dict(self.graph.initializers), {}
         for node in self.graph.nodes:
@@ -115,7 +119,6 @@ class BiasCorrection:
                 value = known[source.name].reshape(-1, *[1] * trailing)
                 constants[shift] = numpy_helper.from_array(value, shift)
             nodes.append(helper.make_node("Add", [raw, shift], [corrected]))
-        assert self._means is not None
         inputs = [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, self._means[0][layer].shape)
             for layer, name in exact.items()

@@ -264,3 +264,5 @@ def test_a_plan_with_fewer_layers_takes_the_means_that_were_found_for_all(case):
     assert found.keys() == alone.keys() == {layer.node for layer in fewer.layers}
     for layer, shift in found.items():
         np.testing.assert_array_equal(shift, alone[layer])
+    with pytest.raises(ValueError, match="2 layers are not among those"):
+        BiasCorrection(GraphIndex(model), fewer.layers, lambda: images).shifts(graph, plan)
