@@ -37,6 +37,7 @@ SEARCH_HEAD = (
     "of float",
     "smallest certified budget",
 )
+NOTHING_ACCEPTED = {"none": "none is certified", "float": "none is faster", "open": "not ended"}  # by outcome
 # Milliseconds of one inference, by (artifact, backend).
 Timings = Mapping[tuple[str, str], float]
 
@@ -74,7 +75,7 @@ def _search_row(bundle: Bundle, search: SearchReport) -> list[str]:
     last = "" if certified is None else f"{certified:g}"
     chosen = search.accepted_candidate
     if chosen is None:
-        return [*head, {"none": "none is certified", "float": "none is faster"}[search.outcome], *[""] * 5, last]
+        return [*head, NOTHING_ACCEPTED[search.outcome], *[""] * 5, last]
     look = search.last_look(chosen)
     lost = f"{look.drop + 0.0:.2f} ({look.upper + 0.0:.2f})"
     if chosen.float_ms:

@@ -172,6 +172,7 @@ def test_the_table_has_a_row_for_each_search_with_its_figures(tmp_path: Path, ve
     ("changed", "expected"),
     [
         ({"outcome": "none", "accepted": ""}, ["none is certified", *[""] * 5, "0.41"]),
+        ({"outcome": "open", "accepted": ""}, ["not ended", *[""] * 5, "0.41"]),
         ({"outcome": "float", "accepted": "", "looks": [], "order": [], "certifiable": None},
          ["none is faster", *[""] * 6]),
     ],
